@@ -1,0 +1,1 @@
+"""Documents to batches: sources, tokenizers, chunk-aligned packing, the mixture of domains, and the loader."""

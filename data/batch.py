@@ -1,0 +1,40 @@
+"""The one contract between data and training: what a batch is.
+
+Letters: B rows of the batch, T positions of a row. Nothing but these arrays passes from `data` to `training`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Batch(NamedTuple):
+    """One batch of packed rows; every field is an array [B, T] on the host or on the mesh.
+
+    Rows are chunk-aligned (`data/packing.py`): a document that crosses a multiple of the model's attention
+    chunk started on one, so chunks of a row and chunks of a document's positions are the same thing.
+    A NamedTuple is already a pytree, so a batch goes through `jit` as it is.
+    """
+
+    tokens: np.ndarray  # int32, token ids; padding holds the tokenizer's pad id
+    labels: np.ndarray  # int32, the next token of the same document, shifted when the row was packed
+    segment_ids: np.ndarray  # int32, 1.. for the pieces of a row in order, 0 for padding
+    positions: np.ndarray  # int32, position in the document (restarts at 0 with every piece; 0 in padding)
+    loss_mask: np.ndarray  # float32, 1 where the label counts, 0 in padding and after a document's last token
+    domain: np.ndarray  # int32, index into the list of domain names; 0 in padding (masked)
+    first_visit: np.ndarray  # bool, the document is seen for the first time in this run (epoch 0)
+    document_id: np.ndarray  # int32, the document's index within its domain; -1 in padding
+
+
+FIELDS = Batch._fields
+DTYPES = dict(
+    tokens=np.int32, labels=np.int32, segment_ids=np.int32, positions=np.int32,
+    loss_mask=np.float32, domain=np.int32, first_visit=np.bool_, document_id=np.int32,
+)  # fmt: skip
+
+
+def stack(rows: list[dict[str, np.ndarray]]) -> Batch:
+    """Stack rows (each a dict of the batch's fields, shape [T]) into a batch [B, T]."""
+    return Batch(**{f: np.stack([row[f] for row in rows]).astype(DTYPES[f]) for f in FIELDS})

@@ -1,0 +1,187 @@
+"""The letters, the logical axes, and how weights are stored on a mesh and fetched for use.
+
+Letters (a suffix names an array's shape, an einsum string uses the same letters):
+  B batch   T query position   S key position   D embed   N query heads   K key/value heads   G = N/K   H head dim
+  F ffn   E experts   R rows (tokens, flattened)   V vocabulary   L layers   P patches
+
+A weight is declared once by `param`: shape, logical axes and init. `Execution` maps logical axes to mesh axes.
+The model runs inside one `shard_map` (or on one device) on *local* shards. Collectives are written where they
+happen, through the helpers below, which do nothing for a mesh axis that is absent or of size 1; so the same code
+runs unsharded.
+
+**Shares.** Gradients are taken inside the `shard_map`, where each device's loss is its *share*: the shares of all
+devices sum to the loss. A transposed collective then is exact (`psum` transposes to `psum`, `all_gather` to a
+reduce-scatter), and a device's gradient for a weight is a share too: what is left to do is to sum it over the mesh
+axes the weight is replicated on (`Execution.sum_shares`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+REPLICA, FSDP, EXPERT, CONTEXT, TENSOR = MESH_AXES = ("replica", "fsdp", "expert", "context", "tensor")
+BATCH_AXES = (REPLICA, FSDP, EXPERT)  # the batch dimension of activations is split over these
+TOKEN_AXES = (*BATCH_AXES, CONTEXT)  # and the tokens over these: B over the batch axes, T over context
+
+RULES: dict[str, tuple[str, ...]] = {
+    "experts": (EXPERT,),
+    "embed": (FSDP, EXPERT, CONTEXT),
+    "heads": (TENSOR,),
+    "kv_heads": (TENSOR,),
+    "ffn": (TENSOR,),
+    "vocab": (TENSOR,),
+}
+"""Where each logical axis is stored. Within one weight the first dimension to name a mesh axis gets it."""
+
+
+def axis_size(name: str) -> int:
+    """Size of a mesh axis inside the enclosing `shard_map`; 1 where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape[name] if name in mesh.manual_axes else 1
+
+
+def present(names: tuple[str, ...] | str) -> tuple[str, ...]:
+    """Those of the mesh axes that the enclosing `shard_map` splits in more than one."""
+    return tuple(n for n in ((names,) if isinstance(names, str) else names) if axis_size(n) > 1)
+
+
+def psum(x: Any, names: tuple[str, ...] | str) -> Any:
+    """Sum over mesh axes; a tree goes through as one."""
+    return jax.lax.psum(x, axes) if (axes := present(names)) else x
+
+
+def all_gather(x: jax.Array, names: tuple[str, ...] | str, dim: int) -> jax.Array:
+    """Concatenate the shards of dimension `dim` over mesh axes."""
+    return jax.lax.all_gather(x, axes, axis=dim, tiled=True) if (axes := present(names)) else x
+
+
+def axis_index(name: str) -> jax.Array | int:
+    """This device's place along a mesh axis."""
+    return jax.lax.axis_index(name) if axis_size(name) > 1 else 0
+
+
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float | None, fp32: bool = False
+) -> nnx.Param:
+    """Declare a weight: its shape, the logical name of each dimension, and its init.
+
+    `std`: standard deviation of a normal truncated at three of them; None starts at ones (a scale).
+    `fp32`: the weight is used in fp32 whatever the compute dtype (the router).
+    Layers are stacked by `nnx.vmap` in front of these dimensions; `axes` never counts that one, so a rule that
+    asks for a weight's rank asks for `len(axes)`.
+    """
+    assert len(shape) == len(axes)
+    if std is None:
+        value = jnp.ones(shape, jnp.float32)
+    else:
+        value = std * jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)
+    return nnx.Param(value, axes=axes, fp32=fp32)
+
+
+def is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def map_params(f: Callable[..., Any], state: Any, *rest: Any) -> Any:
+    """Map over the weights of a state, each with its declaration (`.axes`, `.fp32`), keeping the tree."""
+    return jax.tree.map(f, state, *rest, is_leaf=is_variable)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model runs, as opposed to what it is: nothing here changes the result but by rounding."""
+
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of activations and of the weights as used; masters stay fp32."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which gradients are summed over the mesh."""
+    remat: Literal["none", "layer", "block"] = "block"
+    """What the backward pass recomputes: nothing, each layer, or each period of layers."""
+    rules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: RULES)
+    """Logical axis -> mesh axes it is stored over."""
+
+    def stored_over(self, axes: tuple[str | None, ...], ndim: int) -> list[tuple[str, ...]]:
+        """Mesh axes of each dimension of a weight; leading stacked dimensions are not split."""
+        used: set[str] = set()
+        dims: list[tuple[str, ...]] = [()] * (ndim - len(axes))
+        for name in axes:
+            mesh_axes = tuple(a for a in self.rules.get(name or "", ()) if a not in used)
+            used.update(mesh_axes)
+            dims.append(mesh_axes)
+        return dims
+
+    def spec(self, axes: tuple[str | None, ...], ndim: int) -> P:
+        """PartitionSpec of a weight."""
+        return P(*(names or None for names in self.stored_over(axes, ndim)))
+
+    def specs(self, state: Any) -> Any:
+        """PartitionSpecs of a state (or of any tree with weights in it, such as Adam's moments)."""
+        return jax.tree.map(
+            lambda p: p.replace(self.spec(p.axes, p.get_value().ndim)) if is_variable(p) else P(),
+            state, is_leaf=is_variable,
+        )  # fmt: skip
+
+    def fetch(self, state: Any) -> Any:
+        """Stored shards -> weights for use: cast to the compute dtype, gathered over all axes but `tensor`.
+
+        Backward: the gradient's shares are reduce-scattered in `reduce_dtype`, back to the fp32 shards.
+        """
+
+        def one(p: nnx.Param) -> nnx.Param:
+            w = p.get_value()
+            gathers = tuple(
+                (dim, axes)
+                for dim, names in enumerate(self.stored_over(p.axes, w.ndim))
+                if (axes := present(tuple(n for n in names if n != TENSOR)))
+            )
+            dtype = jnp.float32 if p.fp32 else jnp.dtype(self.compute_dtype)
+            return p.replace(_gather(w, gathers, dtype, jnp.dtype(self.reduce_dtype)))
+
+        return map_params(one, state)
+
+    def fetch_module(self, module: Any) -> Any:
+        """`fetch` for a whole module."""
+        graphdef, state = nnx.split(module)
+        return nnx.merge(graphdef, self.fetch(state))
+
+    def sum_shares(self, grads: Any) -> Any:
+        """Sum each gradient over the mesh axes its weight is replicated on; fp32 comes back."""
+
+        def one(g: nnx.Param) -> nnx.Param:
+            value = g.get_value()
+            stored = {name for names in self.stored_over(g.axes, value.ndim) for name in names}
+            copies = tuple(name for name in MESH_AXES if name not in stored)
+            return g.replace(psum(value.astype(self.reduce_dtype), copies).astype(jnp.float32))
+
+        return map_params(one, grads)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(w: jax.Array, gathers: tuple[tuple[int, tuple[str, ...]], ...], dtype, reduce_dtype) -> jax.Array:
+    """Cast, then gather the dimensions named in `gathers`; its transpose sums in `reduce_dtype`."""
+    w = w.astype(dtype)
+    for dim, axes in gathers:
+        w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+    return w
+
+
+def _gather_fwd(w, gathers, dtype, reduce_dtype):
+    return _gather(w, gathers, dtype, reduce_dtype), None
+
+
+def _gather_bwd(gathers, dtype, reduce_dtype, _, g):
+    g = g.astype(reduce_dtype)
+    for dim, axes in reversed(gathers):
+        g = jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
+    return (g.astype(jnp.float32),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)

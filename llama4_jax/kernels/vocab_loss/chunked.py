@@ -1,0 +1,108 @@
+"""Cross-entropy and forward KL over chunks of tokens, gradients computed in the forward pass.
+
+A scan over chunks of C tokens forms the chunk's logits [C, V], its losses and dL/dz, from that dL/dh and a sum of
+dL/dW in fp32, and drops the logits. The backward pass only scales by the incoming scalar. So no [R, V] array exists,
+and three matmuls of [R, D] x [D, V] are all the work there is.
+
+The vocabulary may be split over a mesh axis: log-sum-exp, label logit and KL are summed over it; dL/dh comes back
+as this device's share (what its columns contribute), dL/dW whole for its own columns.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Targets(NamedTuple):
+    """What tokens are scored against; never differentiated."""
+
+    labels_R: jax.Array
+    hard_R: jax.Array  # fp32 weight of CE
+    soft_R: jax.Array | None  # fp32 weight of KL
+    teacher_RU: jax.Array | None  # teacher's hidden states
+    teacher_UV: jax.Array | None  # teacher's unembedding, columns split like the student's
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def loss(h_RD, w_DV, targets: Targets, temperature: float, chunk: int, axis: str | None):
+    """(this device's share of the loss, CE_R, KL_R); only the first is differentiable. `chunk` divides R."""
+    share, ce_R, kl_R, _ = _scan(h_RD, w_DV, targets, temperature, chunk, axis, with_gradient=False)
+    return share, ce_R, kl_R
+
+
+def _forward(h_RD, w_DV, targets, temperature, chunk, axis):
+    share, ce_R, kl_R, (dh_RD, dw_DV) = _scan(h_RD, w_DV, targets, temperature, chunk, axis, with_gradient=True)
+    return (share, ce_R, kl_R), (dh_RD, dw_DV)
+
+
+def _backward(temperature, chunk, axis, gradients, cotangents):
+    dh_RD, dw_DV = gradients
+    g = cotangents[0]
+    return (dh_RD * g).astype(dh_RD.dtype), (dw_DV * g).astype(dh_RD.dtype), None
+
+
+loss.defvjp(_forward, _backward)
+
+
+def _scan(h_RD, w_DV, targets, temperature, chunk, axis, with_gradient):
+    def cut(x):
+        return x.reshape(-1, chunk, *x.shape[1:])
+
+    teacher_UV = targets.teacher_UV
+    xs = jax.tree.map(cut, (h_RD, targets._replace(teacher_UV=None)))
+
+    def step(dw_DV, x):
+        h_CD, t = x
+        ce_C, kl_C, dz_CV = _chunk(h_CD, w_DV, t._replace(teacher_UV=teacher_UV), temperature, axis)
+        total = jnp.sum(t.hard_R * ce_C) + (0.0 if t.soft_R is None else temperature**2 * jnp.sum(t.soft_R * kl_C))
+        if not with_gradient:
+            return dw_DV, (total, ce_C, kl_C, None)
+        dz_CV = dz_CV.astype(h_CD.dtype)
+        dw_DV += jnp.einsum("CD,CV->DV", h_CD, dz_CV, preferred_element_type=jnp.float32)
+        return dw_DV, (total, ce_C, kl_C, jnp.einsum("CV,DV->CD", dz_CV, w_DV))
+
+    init = jnp.zeros(w_DV.shape, jnp.float32) if with_gradient else None
+    dw_DV, (totals, ce, kl, dh) = jax.lax.scan(step, init, xs)
+    shares = 1 if axis is None else jax.lax.axis_size(axis)
+    gradients = (dh.reshape(h_RD.shape), dw_DV) if with_gradient else None
+    return totals.sum() / shares, ce.reshape(-1), kl.reshape(-1), gradients
+
+
+def _chunk(h_CD, w_DV, t: Targets, temperature: float, axis: str | None):
+    """Losses of a chunk and dL/dz = hard (q - y) + soft t (q_t - p_t), for this device's columns."""
+    z_CV = jnp.einsum("CD,DV->CV", h_CD, w_DV, preferred_element_type=jnp.float32)
+    lse_C = _logsumexp(z_CV, axis)
+    column_C = t.labels_R - (0 if axis is None else jax.lax.axis_index(axis) * z_CV.shape[1])
+    mine_C = (column_C >= 0) & (column_C < z_CV.shape[1])
+    label_C = jnp.take_along_axis(z_CV, jnp.where(mine_C, column_C, 0)[:, None], axis=1)[:, 0]
+    ce_C = lse_C - _psum(jnp.where(mine_C, label_C, 0.0), axis)
+    one_hot_CV = jax.nn.one_hot(jnp.where(mine_C, column_C, -1), z_CV.shape[1], dtype=jnp.float32)
+    dz_CV = t.hard_R[:, None] * (jnp.exp(z_CV - lse_C[:, None]) - one_hot_CV)
+    if t.teacher_RU is None:
+        return ce_C, jnp.zeros_like(ce_C), dz_CV
+    log_q_CV = _log_softmax(z_CV / temperature, axis)
+    teacher_CV = jnp.einsum("CU,UV->CV", t.teacher_RU, t.teacher_UV, preferred_element_type=jnp.float32)
+    log_p_CV = _log_softmax(teacher_CV / temperature, axis)
+    p_CV = jnp.exp(log_p_CV)
+    kl_C = _psum(jnp.sum(p_CV * (log_p_CV - log_q_CV), axis=-1), axis)
+    dz_CV += temperature * t.soft_R[:, None] * (jnp.exp(log_q_CV) - p_CV)
+    return ce_C, kl_C, dz_CV
+
+
+def _psum(x, axis: str | None):
+    return x if axis is None else jax.lax.psum(x, axis)
+
+
+def _logsumexp(z_CV: Float[Array, "C V"], axis: str | None) -> Float[Array, "C"]:
+    top_C = jnp.max(z_CV, axis=-1)
+    top_C = top_C if axis is None else jax.lax.pmax(top_C, axis)
+    return top_C + jnp.log(_psum(jnp.sum(jnp.exp(z_CV - top_C[:, None]), axis=-1), axis))
+
+
+def _log_softmax(z_CV: Float[Array, "C V"], axis: str | None) -> Float[Array, "C V"]:
+    return z_CV - _logsumexp(z_CV, axis)[:, None]

@@ -1,0 +1,116 @@
+"""The text model: layers, and the transformer scanned over one period of the layer pattern."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llama4_jax.attention import Attention
+from llama4_jax.axes import TENSOR, Execution, psum
+from llama4_jax.config import LayerKind, ModelConfig
+from llama4_jax.layers import Embedding, RMSNorm, SwiGLU, Unembedding
+from llama4_jax.moe import MoE, RouterStats
+
+
+class Layer(nnx.Module):
+    """x += Attention(norm(x)); x += FFN(norm(x)), the feed-forward part dense or a mixture of experts."""
+
+    def __init__(self, cfg: ModelConfig, kind: LayerKind, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(cfg, rngs)
+        self.attention = Attention(cfg, kind.local, rngs)
+        self.ffn_norm = RMSNorm(cfg, rngs)
+        self.ffn = MoE(cfg, rngs) if kind.moe else SwiGLU(cfg, cfg.dense_dim, rngs)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        x_BTD += psum(self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT), TENSOR)
+        y_BTD, stats = self.feed_forward(self.ffn_norm(x_BTD), segment_ids_BT)
+        return x_BTD + psum(y_BTD, TENSOR), stats
+
+    def feed_forward(
+        self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        """Shares over the tensor axis, and the router's statistics where there is one."""
+        if isinstance(self.ffn, MoE):
+            return self.ffn(x_BTD, (segment_ids_BT > 0).astype(jnp.float32))
+        return self.ffn(x_BTD), None
+
+
+class Block(nnx.Module):
+    """One period of the layer pattern: what the scan runs over."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.layers = nnx.List([Layer(cfg, kind, rngs) for kind in cfg.pattern])
+
+
+class Output(NamedTuple):
+    """What a model hands to an objective: never logits."""
+
+    hidden: Float[Array, "B T D"]  # after the final norm
+    unembedding: Float[Array, "D V"]  # this device's columns of the vocabulary, in the compute dtype
+    router: RouterStats | None  # stacked over MoE layers; this device's sums; None for a model without experts
+
+
+class Transformer(nnx.Module):
+    """Embedding, the layers, final norm, unembedding. Weights of the layers are stacked over blocks."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.embedding = Embedding(cfg, rngs)
+        keys = jax.random.split(rngs.params(), cfg.num_blocks)
+        self.blocks = nnx.vmap(lambda key: Block(cfg, nnx.Rngs(params=key)))(keys)
+        self.final_norm = RMSNorm(cfg, rngs)
+        self.unembedding = Unembedding(cfg, rngs)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        execution: Execution = Execution(),  # noqa: B008 (frozen)
+    ) -> Output:
+        """`positions_BT`: place in the document; `segment_ids_BT`: 1.. by document, 0 for padding; chunk-aligned."""
+        with jax.named_scope("embedding"):
+            x_BTD = execution.fetch_module(self.embedding)(tokens_BT)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def run_block(x_BTD, stored):
+            all_stats = []
+            for i in range(self.cfg.period):
+
+                def run_layer(x_BTD, stored, i=i):
+                    # Fetching here, inside what is recomputed, keeps gathered weights from living on.
+                    layers = nnx.merge(graphdef, stored).layers
+                    return execution.fetch_module(layers[i])(x_BTD, positions_BT, segment_ids_BT)
+
+                if execution.remat == "layer":
+                    run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+                with jax.named_scope(f"layer_{i}"):
+                    x_BTD, stats = run_layer(x_BTD, stored)
+                all_stats += [stats] if stats is not None else []
+            return x_BTD, jax.tree.map(lambda *s: jnp.stack(s), *all_stats) if all_stats else None
+
+        if execution.remat == "block":
+            run_block = jax.checkpoint(run_block, prevent_cse=False)
+        x_BTD, stats = jax.lax.scan(run_block, x_BTD, stacked)
+        if stats is not None:  # [blocks, MoE layers of a block, ...] -> [MoE layers, ...]
+            stats = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
+        with jax.named_scope("final_norm"):
+            x_BTD = execution.fetch_module(self.final_norm)(x_BTD)
+        return Output(x_BTD, execution.fetch_module(self.unembedding).kernel_DV[...], stats)
+
+    def logits(self, tokens_BT: Int[Array, "B T"], execution: Execution = Execution()) -> Float[Array, "B T V"]:  # noqa: B008
+        """fp32 logits of whole documents, one a row, unpadded: for tests, verification and small evaluations."""
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        out = self(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), execution)
+        return jnp.einsum("BTD,DV->BTV", out.hidden, out.unembedding, preferred_element_type=jnp.float32)
+
+
+def abstract(cfg: ModelConfig) -> Transformer:
+    """The model with shapes in place of arrays: nothing is allocated, whatever the size."""
+    return nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0)))

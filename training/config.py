@@ -1,0 +1,151 @@
+"""What a run is: learners, data, mesh, and how long. Frozen dataclasses that import nothing heavy.
+
+Every field is a command-line override (`--train.steps 100`, `--mesh.expert 8`); presets are functions in `configs/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data.config import DataConfig
+from llama4_jax.config import ModelConfig
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW under a warmup-stable-decay schedule."""
+
+    learning_rate: float = 3e-4
+    """Peak, held between warm-up and decay."""
+    warmup: int = 100
+    """Steps of linear warm-up from 0."""
+    decay: float = 0.2
+    """Last share of the steps, over which the rate falls linearly."""
+    final: float = 0.1
+    """Where it ends, as a share of the peak."""
+    b1: float = 0.9
+    """Decay of the mean of gradients."""
+    b2: float = 0.95
+    """Decay of the mean of their squares."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled, times the learning rate; on weights with two logical axes or more (not on norm scales)."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+
+    def __post_init__(self):
+        _check(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
+        _check(0 <= self.decay <= 1, f"optimizer.decay is a share of the steps, 0 to 1, not {self.decay}")
+        _check(self.clip > 0, f"optimizer.clip must be positive, not {self.clip}")
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One model of a run and how it is trained."""
+
+    model: ModelConfig
+    """Its architecture."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How it learns."""
+    init: str = ""
+    """Where its weights come from: empty for random, hf:DIR for a Hugging Face folder."""
+    router_balance: float = 0.01
+    """Weight of the router's balance loss."""
+    router_z: float = 0.001
+    """Weight of the router's z-loss."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of activations and of the weights as used; master weights are fp32."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which gradients are summed over the mesh; bfloat16 halves that traffic."""
+    remat: Literal["none", "layer", "block"] = "block"
+    """What the backward pass recomputes: nothing, each layer, or each period of layers."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1 and takes what is left."""
+
+    replica: int = 1
+    """Copies of everything, across slices."""
+    fsdp: int = -1
+    """Data parallel with sharded weights."""
+    expert: int = 1
+    """Data parallel with the experts spread over it."""
+    context: int = 1
+    """The sequence is split over it."""
+    tensor: int = 1
+    """Heads, ffn and vocabulary are split over it."""
+
+    def __post_init__(self):
+        sizes = vars(self)
+        _check(all(s == -1 or s >= 1 for s in sizes.values()), f"mesh sizes must be at least 1, or -1: {sizes}")
+        _check(sum(s == -1 for s in sizes.values()) <= 1, f"only one mesh axis may be -1: {sizes}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in what portions, and what is kept."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch: int = 8
+    """Sequences of a step, over all devices."""
+    seq_len: int = 1024
+    """T, tokens of a sequence; a multiple of the model's chunk, or at most one chunk."""
+    microbatches: int = 1
+    """Parts that each device runs one after the other, summing gradients."""
+    seed: int = 0
+    """Of weights, data order, and anything random."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    eval_every: int = 100
+    """Steps between evaluations on held-out documents; also at the end."""
+    eval_batches: int = 8
+    """Batches of an evaluation, always the same ones."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; also at the end."""
+    checkpoint_keep: int = 2
+    """Newest checkpoints to keep."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            _check(value >= (0 if name == "seed" else 1), f"train.{name} must be at least 1, not {value}")
+        _check(self.batch % self.microbatches == 0,
+               f"train.batch ({self.batch}) must be a multiple of train.microbatches ({self.microbatches})")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run: who learns, from what, on which mesh, for how long."""
+
+    name: str
+    """The preset it came from, and the default folder's name."""
+    learners: dict[str, Learner]
+    """By name, teachers before the students they teach."""
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    out: str = ""
+    """The run's folder; empty: runs/NAME."""
+
+    def __post_init__(self):
+        _check(bool(self.learners), "a run needs at least one learner")
+        seq_len = self.train.seq_len
+        for name, learner in self.learners.items():
+            chunk = learner.model.chunk
+            _check(seq_len % chunk == 0 or seq_len <= chunk,
+                   f"train.seq_len ({seq_len}) must be a multiple of {name}'s chunk ({chunk}), or at most one chunk: "
+                   f"the nearest is {max(1, round(seq_len / chunk)) * chunk}")  # fmt: skip
+        _check(len({learner.model.chunk for learner in self.learners.values()}) == 1,
+               "learners of one run read the same packed rows, so they need the same model.chunk")  # fmt: skip
+
+    @property
+    def folder(self) -> str:
+        return self.out or f"runs/{self.name.replace(':', '-')}"

@@ -1,0 +1,64 @@
+"""The mesh of a run, and where arrays lie on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama4_jax.axes import BATCH_AXES, CONTEXT, MESH_AXES
+from llama4_jax.config import ModelConfig
+from training.config import MeshConfig, RunConfig
+
+BATCH_SPEC = P(BATCH_AXES, CONTEXT)
+"""Of every array [B, T] of a batch."""
+
+
+def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """A mesh of all devices (or those given) with the five axes; the axis of size -1 takes what is left."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(cfg, name) for name in MESH_AXES]
+    if -1 in sizes:
+        known = int(np.prod([s for s in sizes if s != -1]))
+        sizes[sizes.index(-1)] = max(1, len(devices) // known)
+    if int(np.prod(sizes)) != len(devices):
+        shape = " x ".join(f"{n} {s}" for n, s in zip(MESH_AXES, sizes, strict=True))
+        raise ValueError(f"the mesh ({shape}) has {int(np.prod(sizes))} places but there are {len(devices)} devices")
+    return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """A tree of PartitionSpecs as NamedShardings."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def check_fits(cfg: RunConfig, mesh: Mesh) -> None:
+    """ValueError, in a line, for a batch or a model that cannot be split over the mesh as it is."""
+    size = mesh.shape
+    rows = int(np.prod([size[a] for a in BATCH_AXES])) * cfg.train.microbatches
+    if cfg.train.batch % rows:
+        raise ValueError(
+            f"train.batch ({cfg.train.batch}) must be a multiple of replica x fsdp x expert x microbatches = {rows}: "
+            f"the nearest is {max(1, round(cfg.train.batch / rows)) * rows}"
+        )
+    if cfg.train.seq_len % size[CONTEXT]:
+        raise ValueError(f"train.seq_len ({cfg.train.seq_len}) must be a multiple of mesh.context ({size[CONTEXT]})")
+    for name, learner in cfg.learners.items():
+        for what, value, axes in _divisions(learner.model):
+            ways = int(np.prod([size[a] for a in axes]))
+            if value % ways:
+                raise ValueError(f"{name}: {what} ({value}) must be a multiple of {' x '.join(axes)} = {ways}")
+
+
+def _divisions(model: ModelConfig) -> list[tuple[str, int, tuple[str, ...]]]:
+    return [
+        ("num_heads", model.num_heads, ("tensor",)),
+        ("num_kv_heads", model.num_kv_heads, ("tensor",)),
+        ("vocab_size", model.vocab_size, ("tensor",)),
+        ("expert_dim", model.expert_dim, ("tensor",)),
+        ("dense_dim", model.dense_dim, ("tensor",)),
+        ("embed_dim", model.embed_dim, ("fsdp", "expert", "context")),
+    ] + ([("num_experts", model.num_experts, ("expert",))] if model.num_moe_layers else [])

@@ -1,0 +1,75 @@
+"""What a run carries from step to step: for each learner its weights and its optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from llama4_jax.axes import Execution
+from llama4_jax.text import Transformer
+from training.config import Learner, RunConfig
+from training.mesh import shardings
+from training.optimizer import make_optimizer
+
+
+class LearnerState(NamedTuple):
+    """Trees of `nnx.Param`, which carry their logical axes with them: so do Adam's moments."""
+
+    params: nnx.State  # fp32
+    optimizer: Any
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32, optimizer steps done
+    learners: dict[str, LearnerState]
+
+
+def execution(learner: Learner) -> Execution:
+    return Execution(learner.compute_dtype, learner.reduce_dtype, learner.remat)
+
+
+def graphdef(learner: Learner) -> nnx.GraphDef:
+    """The model without its arrays."""
+    return nnx.split(nnx.eval_shape(lambda: Transformer(learner.model, nnx.Rngs(0))))[0]
+
+
+def init_state(cfg: RunConfig) -> TrainState:
+    """Fresh weights and optimizer states; each learner's weights depend on the seed and its own name alone."""
+
+    def init(name: str, learner: Learner) -> LearnerState:
+        key = jax.random.fold_in(jax.random.key(cfg.train.seed), _stable_hash(name))
+        params = nnx.split(Transformer(learner.model, nnx.Rngs(params=key)))[1]
+        return LearnerState(params, make_optimizer(learner.optimizer, cfg.train.steps).init(params))
+
+    return TrainState(jnp.int32(0), {name: init(name, learner) for name, learner in cfg.learners.items()})
+
+
+def state_specs(cfg: RunConfig, state: TrainState) -> TrainState:
+    """PartitionSpecs of a state, abstract or not."""
+    learners = {name: execution(cfg.learners[name]).specs(s) for name, s in state.learners.items()}
+    return TrainState(P(), learners)
+
+
+def abstract_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is allocated."""
+    state = jax.eval_shape(partial(init_state, cfg))
+    placed = shardings(mesh, state_specs(cfg, state))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
+
+
+def create_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
+    """`init_state`, made where it will lie: the same values on every mesh."""
+    placed = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
+    make: Callable[[], TrainState] = jax.jit(partial(init_state, cfg), out_shardings=placed)
+    return make()
+
+
+def _stable_hash(name: str) -> int:
+    return sum(byte * 31**i for i, byte in enumerate(name.encode())) % 2**31
