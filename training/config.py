@@ -47,15 +47,37 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """What a student takes from its teacher: h CE + s t^2 KL(teacher || student) on every token, h = 1 - s."""
+
+    teacher: str = ""
+    """The learner that teaches, one named before this one; empty for none."""
+    weighting: Literal["constant", "wsd"] = "wsd"
+    """Of s over time: constant, or the peak times the learning rate's share of its own peak."""
+    soft: float = 0.9
+    """Peak of s, the soft targets' weight."""
+    temperature: float = 1.0
+    """t, of both distributions."""
+
+    def __post_init__(self):
+        _check(0 <= self.soft <= 1, f"distillation.soft must lie between 0 and 1, not {self.soft}")
+        _check(self.temperature > 0, f"distillation.temperature must be positive, not {self.temperature}")
+
+
+@dataclass(frozen=True)
 class Learner:
     """One model of a run and how it is trained."""
 
     model: ModelConfig
     """Its architecture."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How it learns."""
+    optimizer: OptimizerConfig | None = field(default_factory=OptimizerConfig)
+    """How it learns; None for a frozen teacher."""
+    distillation: Distillation = field(default_factory=Distillation)
+    """Whom it learns from, beside the labels."""
     init: str = ""
-    """Where its weights come from: empty for random, hf:DIR for a Hugging Face folder."""
+    """Where its weights come from: empty for random, hf:DIR for a Hugging Face folder, run:DIR for another run."""
+    microbatches: int = 1
+    """Parts of a batch that each device runs one after the other, summing gradients."""
     router_balance: float = 0.01
     """Weight of the router's balance loss."""
     router_z: float = 0.001
@@ -66,6 +88,9 @@ class Learner:
     """Dtype in which gradients are summed over the mesh; bfloat16 halves that traffic."""
     remat: Literal["none", "layer", "block"] = "block"
     """What the backward pass recomputes: nothing, each layer, or each period of layers."""
+
+    def __post_init__(self):
+        _check(self.microbatches >= 1, f"microbatches must be at least 1, not {self.microbatches}")
 
 
 @dataclass(frozen=True)
@@ -99,8 +124,6 @@ class TrainConfig:
     """Sequences of a step, over all devices."""
     seq_len: int = 1024
     """T, tokens of a sequence; a multiple of the model's chunk, or at most one chunk."""
-    microbatches: int = 1
-    """Parts that each device runs one after the other, summing gradients."""
     seed: int = 0
     """Of weights, data order, and anything random."""
     log_every: int = 10
@@ -117,8 +140,6 @@ class TrainConfig:
     def __post_init__(self):
         for name, value in vars(self).items():
             _check(value >= (0 if name == "seed" else 1), f"train.{name} must be at least 1, not {value}")
-        _check(self.batch % self.microbatches == 0,
-               f"train.batch ({self.batch}) must be a multiple of train.microbatches ({self.microbatches})")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,8 +158,17 @@ class RunConfig:
 
     def __post_init__(self):
         _check(bool(self.learners), "a run needs at least one learner")
+        _check(any(learner.optimizer for learner in self.learners.values()), "a run needs a learner with an optimizer")
         seq_len = self.train.seq_len
+        before: list[str] = []
         for name, learner in self.learners.items():
+            teacher = learner.distillation.teacher
+            _check(not teacher or teacher in before,
+                   f"{name}'s teacher {teacher!r} is not among the learners before it ({', '.join(before) or 'none'})")  # fmt: skip
+            _check(not teacher or learner.optimizer is not None, f"{name} is frozen, so it cannot learn from {teacher!r}")
+            _check(not teacher or self.learners[teacher].model.vocab_size == learner.model.vocab_size,
+                   f"{name} and its teacher {teacher} must share the vocabulary: model.vocab_size differs")  # fmt: skip
+            before.append(name)
             chunk = learner.model.chunk
             _check(seq_len % chunk == 0 or seq_len <= chunk,
                    f"train.seq_len ({seq_len}) must be a multiple of {name}'s chunk ({chunk}), or at most one chunk: "

@@ -38,15 +38,15 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 def check_fits(cfg: RunConfig, mesh: Mesh) -> None:
     """ValueError, in a line, for a batch or a model that cannot be split over the mesh as it is."""
     size = mesh.shape
-    rows = int(np.prod([size[a] for a in BATCH_AXES])) * cfg.train.microbatches
-    if cfg.train.batch % rows:
-        raise ValueError(
-            f"train.batch ({cfg.train.batch}) must be a multiple of replica x fsdp x expert x microbatches = {rows}: "
-            f"the nearest is {max(1, round(cfg.train.batch / rows)) * rows}"
-        )
     if cfg.train.seq_len % size[CONTEXT]:
         raise ValueError(f"train.seq_len ({cfg.train.seq_len}) must be a multiple of mesh.context ({size[CONTEXT]})")
     for name, learner in cfg.learners.items():
+        rows = int(np.prod([size[a] for a in BATCH_AXES])) * learner.microbatches
+        if cfg.train.batch % rows:
+            raise ValueError(
+                f"train.batch ({cfg.train.batch}) must be a multiple of replica x fsdp x expert x {name}'s "
+                f"microbatches = {rows}: the nearest is {max(1, round(cfg.train.batch / rows)) * rows}"
+            )
         for what, value, axes in _divisions(learner.model):
             ways = int(np.prod([size[a] for a in axes]))
             if value % ways:

@@ -1,7 +1,11 @@
-"""What is minimised: pure functions from a model's output and a batch to a loss share and sums for the metrics."""
+"""What is minimised: pure functions from a model's output, a batch and soft targets to a loss share and sums.
+
+The whole of distillation is here.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,7 +16,7 @@ from llama4_jax.axes import MESH_AXES, TENSOR, TOKEN_AXES, axis_size, present, p
 from llama4_jax.kernels.vocab_loss.api import vocab_loss
 from llama4_jax.moe import RouterStats, router_losses
 from llama4_jax.text import Output
-from training.config import Learner
+from training.config import Distillation, Learner
 
 
 class Sums(NamedTuple):
@@ -21,32 +25,59 @@ class Sums(NamedTuple):
     tokens: jax.Array  # [] valid tokens
     domain_tokens: jax.Array  # [domains]
     domain_ce: jax.Array  # [domains], nats
+    domain_kl: jax.Array  # [domains], nats, KL(teacher || student) at the temperature of the loss; 0 without teacher
     balance: jax.Array  # [] tokens x balance loss
     z: jax.Array  # [] tokens x router z-loss
     load: jax.Array  # [MoE layers, E] tokens routed to each expert
 
 
-def next_token(out: Output, batch: Batch, learner: Learner, domains: int) -> tuple[jax.Array, Sums]:
-    """This device's share of sum_i m_i CE_i + n (c_b balance + c_z z), n = sum_i m_i over the global microbatch.
+class SoftTargets(NamedTuple):
+    """What a teacher hands on: never logits, and always under `stop_gradient`."""
 
-    The caller divides the sum over microbatches by the sum of their n, once. The router's losses (`moe.py`) are of
-    the microbatch, over all devices; as they are means over tokens, n of them enter. Inside `shard_map`.
+    hidden: jax.Array  # [B, T, U]
+    unembedding: jax.Array  # [U, V], this device's columns
+
+
+def weights(cfg: Distillation, rate: jax.Array, peak: float) -> tuple[jax.Array, jax.Array]:
+    """(h, s) of a step: s is the peak soft weight, under `wsd` times rate/peak of the learning rate; h = 1 - s.
+
+    Tying s to a warmup-stable-decay learning rate is Peng et al.'s best schedule (arXiv 2410.16215, WSD-alpha).
+    """
+    if not cfg.teacher:
+        return jnp.float32(1), jnp.float32(0)
+    soft = jnp.float32(cfg.soft) * (rate / peak if cfg.weighting == "wsd" else 1.0)
+    return 1 - soft, soft
+
+
+def objective(
+    out: Output,
+    batch: Batch,
+    learner: Learner,
+    domains: int,
+    mix: tuple[jax.Array, jax.Array],
+    targets: SoftTargets | None = None,
+) -> tuple[jax.Array, Sums]:
+    """This device's share of sum_i m_i [h CE_i + s t^2 KL_i] + n (c_b balance + c_z z), n = sum_i m_i.
+
+    n counts the global microbatch; the caller divides the sum over microbatches by the sum of their n, once. The
+    router's losses (`moe.py`) are of the microbatch, over all devices; being means over tokens, n of them enter.
+    `mix` is (h, s), constants. Inside `shard_map`.
     """
     mask_R = batch.loss_mask.reshape(-1)
-    axis = TENSOR if present(TENSOR) else None
-    share, ce_R, _ = vocab_loss(
-        out.hidden.reshape(-1, out.hidden.shape[-1]), out.unembedding, batch.labels.reshape(-1), mask_R, axis=axis
-    )
+    hard, soft = mix
+    teacher = targets and (targets.hidden.reshape(mask_R.shape[0], -1), targets.unembedding)
+    share, ce_R, kl_R = vocab_loss(
+        out.hidden.reshape(mask_R.shape[0], -1), out.unembedding, batch.labels.reshape(-1),
+        hard * mask_R, None if teacher is None else soft * mask_R, teacher, learner.distillation.temperature,
+        axis=TENSOR if present(TENSOR) else None,
+    )  # fmt: skip
     tokens = psum(mask_R.sum(), TOKEN_AXES)
-    balance, z, stats = _router(out.router, learner)
-    devices = 1
-    for name in MESH_AXES:
-        devices *= axis_size(name)
+    balance, z, load = _router(out.router, learner)
+    devices = math.prod(axis_size(name) for name in MESH_AXES)
     share += tokens * (learner.router_balance * balance + learner.router_z * z) / devices
     by_domain = jax.nn.one_hot(batch.domain.reshape(-1), domains, dtype=jnp.float32) * mask_R[:, None]
-    domain_tokens, domain_ce = psum((by_domain.sum(axis=0), ce_R @ by_domain), TOKEN_AXES)
-    sums = Sums(tokens, domain_tokens, domain_ce, tokens * balance, tokens * z, stats)
-    return share, jax.lax.stop_gradient(sums)
+    by_domain = psum((by_domain.sum(axis=0), ce_R @ by_domain, kl_R @ by_domain), TOKEN_AXES)
+    return share, jax.lax.stop_gradient(Sums(tokens, *by_domain, tokens * balance, tokens * z, load))
 
 
 def _router(stats: RouterStats | None, learner: Learner) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -23,7 +23,7 @@ class LearnerState(NamedTuple):
     """Trees of `nnx.Param`, which carry their logical axes with them: so do Adam's moments."""
 
     params: nnx.State  # fp32
-    optimizer: Any
+    optimizer: Any  # None for a frozen teacher
 
 
 class TrainState(NamedTuple):
@@ -46,7 +46,8 @@ def init_state(cfg: RunConfig) -> TrainState:
     def init(name: str, learner: Learner) -> LearnerState:
         key = jax.random.fold_in(jax.random.key(cfg.train.seed), _stable_hash(name))
         params = nnx.split(Transformer(learner.model, nnx.Rngs(params=key)))[1]
-        return LearnerState(params, make_optimizer(learner.optimizer, cfg.train.steps).init(params))
+        optimizer = learner.optimizer and make_optimizer(learner.optimizer, cfg.train.steps).init(params)
+        return LearnerState(params, optimizer)
 
     return TrainState(jnp.int32(0), {name: init(name, learner) for name, learner in cfg.learners.items()})
 

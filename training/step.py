@@ -1,10 +1,9 @@
-"""One training step for any number of learners."""
+"""One training step for any number of learners: pretraining, a frozen teacher, co-training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,71 +13,146 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from data.batch import Batch
-from training.config import Learner, RunConfig
+from llama4_jax.axes import Execution
+from training.config import Learner, OptimizerConfig, RunConfig
 from training.mesh import BATCH_SPEC
-from training.objectives import Sums, next_token
+from training.objectives import SoftTargets, Sums, objective, weights
 from training.optimizer import learning_rate, make_optimizer
 from training.state import LearnerState, TrainState, abstract_state, execution, graphdef
 
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
+class Taught(NamedTuple):
+    """What a learner hands to its students: its hidden states [B, T, U] and its unembedding, as stored."""
+
+    hidden: jax.Array
+    unembedding: nnx.State
+
+
 def make_train_step(cfg: RunConfig, mesh: Mesh, domains: int) -> StepFn:
-    """The jitted step: (state, batch) -> (state, metrics by learner). The state is donated."""
+    """The jitted step: (state, batch) -> (state, metrics by learner). The state is donated.
+
+    Learners are walked in their order, teachers first. One with an optimizer takes its gradient and is updated;
+    what it teaches comes from that same forward pass. One without only runs forward. All its students share it.
+    """
+    teachers = {learner.distillation.teacher for learner in cfg.learners.values()}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        learners, metrics = {}, {}
+        learners, metrics, taught = {}, {}, {}
         for name, learner in cfg.learners.items():
-            grads, sums = gradient(learner, mesh, domains, cfg.train.microbatches)(state.learners[name].params, batch)
-            learners[name], norm = update(learner, cfg.train.steps, state.learners[name], grads)
-            rate = learning_rate(learner.optimizer, cfg.train.steps)(state.step)
-            metrics[name] = {"sums": sums, "grad_norm": norm, "learning_rate": rate}
+            params = state.learners[name].params
+            if learner.optimizer is None:
+                learners[name], hidden = state.learners[name], forward(learner, mesh)(params, batch)
+            else:
+                rate = learning_rate(learner.optimizer, cfg.train.steps)(state.step)
+                mix = weights(learner.distillation, rate, learner.optimizer.learning_rate)
+                teacher = learner.distillation.teacher
+                source = cfg.learners[teacher] if teacher else None
+                take = gradient(learner, mesh, domains, teacher=source, teaches=name in teachers)
+                grads, sums, hidden = take(params, batch, mix, taught.get(teacher))
+                learners[name], norm = update(learner.optimizer, cfg.train.steps, state.learners[name], grads)
+                metrics[name] = dict(sums=sums, grad_norm=norm, learning_rate=rate, hard=mix[0], soft=mix[1])
+            if name in teachers:
+                # The barrier ends this learner before its students start: its residuals do not live beside theirs.
+                hidden, learners[name] = jax.lax.optimization_barrier((hidden, learners[name]))
+                taught[name] = Taught(jax.lax.stop_gradient(hidden), params["unembedding"])
         return TrainState(state.step + 1, learners), metrics
 
     placed = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None))
 
 
-def update(learner: Learner, steps: int, state: LearnerState, grads: nnx.State) -> tuple[LearnerState, jax.Array]:
+def update(cfg: OptimizerConfig, steps: int, state: LearnerState, grads: nnx.State) -> tuple[LearnerState, jax.Array]:
     """One optimizer step; also the gradient's global norm before clipping."""
-    updates, opt_state = make_optimizer(learner.optimizer, steps).update(grads, state.optimizer, state.params)
+    updates, opt_state = make_optimizer(cfg, steps).update(grads, state.optimizer, state.params)
     return LearnerState(optax.apply_updates(state.params, updates), opt_state), optax.tree.norm(grads)  # pyright: ignore
 
 
-def gradient(learner: Learner, mesh: Mesh, domains: int, microbatches: int) -> Callable[..., tuple[nnx.State, Sums]]:
-    """(params, batch) -> (mean gradient over the batch's valid tokens, sums), inside one `shard_map`.
-
-    Each device walks its rows in `microbatches` parts, sums the gradients of the loss shares (`axes.py`) and the
-    valid tokens, and divides once.
-    """
+def forward(learner: Learner, mesh: Mesh) -> Callable[[nnx.State, Batch], jax.Array]:
+    """(params, batch) -> hidden states [B, T, D] of a learner that is not trained."""
     model, run = graphdef(learner), execution(learner)
 
-    def share(params: nnx.State, batch: Batch) -> tuple[jax.Array, Sums]:
-        out = nnx.merge(model, params)(batch.tokens, batch.positions, batch.segment_ids, run)
-        return next_token(out, batch, learner, domains)
+    def local(params: nnx.State, batch: Batch) -> jax.Array:
+        def part(batch: Batch) -> jax.Array:
+            return nnx.merge(model, params)(batch.tokens, batch.positions, batch.segment_ids, run).hidden
 
-    def local(params: nnx.State, batch: Batch) -> tuple[nnx.State, Sums]:
-        def part(params: nnx.State, batch: Batch) -> tuple[nnx.State, Sums]:
-            (_, sums), grads = jax.value_and_grad(share, has_aux=True)(params, batch)
-            return grads, sums
+        return in_parts(part, batch, learner.microbatches)
 
-        grads, sums = accumulate(partial(part, params), batch, microbatches)
-        return jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1), run.sum_shares(grads)), sums
-
-    def apply(params: nnx.State, batch: Batch) -> tuple[nnx.State, Sums]:
-        specs = run.specs(params)
-        mapped = jax.shard_map(
-            local, mesh=mesh, in_specs=(specs, BATCH_SPEC), out_specs=(specs, P()), check_vma=False
-        )  # fmt: skip
-        return mapped(params, batch)
+    def apply(params: nnx.State, batch: Batch) -> jax.Array:
+        specs = (run.specs(params), BATCH_SPEC)
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=BATCH_SPEC, check_vma=False)(params, batch)
 
     return apply
 
 
-def accumulate(part: Callable[[Batch], Any], batch: Batch, microbatches: int) -> Any:
-    """Sum of `part` over the device's rows, cut into `microbatches`."""
-    if microbatches == 1:
+def gradient(
+    learner: Learner, mesh: Mesh, domains: int, teacher: Learner | None = None, teaches: bool = False
+) -> Callable[..., tuple[nnx.State, Sums, jax.Array | None]]:
+    """(params, batch, mix, taught) -> (mean gradient over the batch's valid tokens, sums, hidden if it `teaches`).
+
+    Inside one `shard_map`: each device walks its rows in microbatches, sums the gradients of the loss shares
+    (`llama4_jax/axes.py`) and the valid tokens, and divides once.
+    """
+    model, run = graphdef(learner), execution(learner)
+
+    def share(params: nnx.State, batch: Batch, mix, targets: SoftTargets | None):
+        out = nnx.merge(model, params)(batch.tokens, batch.positions, batch.segment_ids, run)
+        loss, sums = objective(out, batch, learner, domains, mix, targets)
+        return loss, (sums, out.hidden if teaches else None)
+
+    def local(params: nnx.State, batch: Batch, mix, taught: Taught | None):
+        kernel = None if taught is None else _fetch_unembedding(execution(teacher or learner), taught)
+
+        def part(batch: Batch, hidden: jax.Array | None):
+            targets = None if hidden is None else SoftTargets(hidden, kernel)
+            (_, (sums, hidden)), grads = jax.value_and_grad(share, has_aux=True)(params, batch, mix, targets)
+            return (grads, sums), hidden
+
+        hidden = None if taught is None else taught.hidden
+        (grads, sums), hidden = summed_in_parts(part, (batch, hidden), learner.microbatches)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1), run.sum_shares(grads))
+        return grads, sums, hidden
+
+    def apply(params: nnx.State, batch: Batch, mix, taught: Taught | None = None):
+        specs = run.specs(params)
+        source = None if taught is None else Taught(BATCH_SPEC, execution(teacher or learner).specs(taught.unembedding))
+        mapped = jax.shard_map(
+            local, mesh=mesh, in_specs=(specs, BATCH_SPEC, P(), source), out_specs=(specs, P(), BATCH_SPEC),
+            check_vma=False,
+        )  # fmt: skip
+        return mapped(params, batch, mix, taught)
+
+    return apply
+
+
+def _fetch_unembedding(run: Execution, taught: Taught) -> jax.Array:
+    return run.fetch(taught.unembedding)["kernel_DV"].get_value()
+
+
+def _cut(tree: Any, parts: int) -> Any:
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
+
+
+def in_parts(part: Callable[[Batch], jax.Array], batch: Batch, parts: int) -> jax.Array:
+    """`part` of the device's rows, run over `parts` of them one after the other."""
+    if parts == 1:
         return part(batch)
-    parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts)))
-    return jax.lax.scan(lambda total, one: (jax.tree.map(jnp.add, total, part(one)), None), zeros, parts)[0]
+    out = jax.lax.map(part, _cut(batch, parts))
+    return out.reshape(-1, *out.shape[2:])
+
+
+def summed_in_parts(part: Callable[..., tuple[Any, Any]], rows: tuple, parts: int) -> tuple[Any, Any]:
+    """`part(*rows) -> (to sum, to concatenate)` over `parts` of the device's rows."""
+    if parts == 1:
+        return part(*rows)
+    cut = _cut(rows, parts)
+    shapes = jax.eval_shape(lambda cut: part(*jax.tree.map(lambda x: x[0], cut))[0], cut)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def body(total, one):
+        summed, kept = part(*one)
+        return jax.tree.map(jnp.add, total, summed), kept
+
+    total, kept = jax.lax.scan(body, zeros, cut)
+    return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -17,6 +18,7 @@ from training.state import abstract_state, create_state
 from training.step import gradient, make_train_step
 
 B, T, CHUNK, V, DOMAINS, STEPS = 8, 64, 16, 128, 2, 5
+HARD = (jnp.float32(1), jnp.float32(0))  # labels only
 SIZES = dict(vocab_size=V, chunk=CHUNK, embed_dim=32, head_dim=16, expert_dim=32, dense_dim=64, floor_scale=8)
 
 
@@ -89,10 +91,11 @@ def test_microbatches_sum_to_the_batch(remat):
     """With the router's losses off (they are of a microbatch), summing parts is exact."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     learner = replace(run_config().learners["scout"], router_balance=0.0, router_z=0.0, remat=remat)
+    in_four = replace(learner, microbatches=4)
     params = create_state(run_config(), mesh).learners["scout"].params
     batch = batches(1)[0]
-    whole, sums = jax.jit(gradient(learner, mesh, DOMAINS, 1))(params, batch)
-    parts, part_sums = jax.jit(gradient(learner, mesh, DOMAINS, 4))(params, batch)
+    whole, sums, _ = jax.jit(gradient(learner, mesh, DOMAINS))(params, batch, HARD)
+    parts, part_sums, _ = jax.jit(gradient(in_four, mesh, DOMAINS))(params, batch, HARD)
     assert part_sums.tokens == sums.tokens == batch.loss_mask.sum()
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         assert np.max(np.abs(a - b)) <= 1e-5 * np.max(np.abs(b))
@@ -103,12 +106,12 @@ def test_padding_is_nothing():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     cfg = run_config()
     params = create_state(cfg, mesh).learners["scout"].params
-    apply = jax.jit(gradient(cfg.learners["scout"], mesh, DOMAINS, 1))
+    apply = jax.jit(gradient(cfg.learners["scout"], mesh, DOMAINS))
     batch = batches(1)[0]
     padding = batch.segment_ids == 0
     assert padding.any()
     other = batch._replace(tokens=np.where(padding, 7, batch.tokens), labels=np.where(padding, 9, batch.labels))
-    for a, b in zip(jax.tree.leaves(apply(params, batch)), jax.tree.leaves(apply(params, other)), strict=True):
+    for a, b in zip(*(jax.tree.leaves(apply(params, x, HARD)) for x in (batch, other)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7)
 
 
@@ -118,8 +121,8 @@ def test_gradients_may_be_reduced_in_bfloat16():
     params = create_state(cfg, mesh).learners["scout"].params
     batch = jax.device_put(batches(1)[0], NamedSharding(mesh, BATCH_SPEC))
     learner = cfg.learners["scout"]
-    exact = jax.jit(gradient(learner, mesh, DOMAINS, 1))(params, batch)[0]
-    reduced = jax.jit(gradient(replace(learner, reduce_dtype="bfloat16"), mesh, DOMAINS, 1))(params, batch)[0]
+    exact = jax.jit(gradient(learner, mesh, DOMAINS))(params, batch, HARD)[0]
+    reduced = jax.jit(gradient(replace(learner, reduce_dtype="bfloat16"), mesh, DOMAINS))(params, batch, HARD)[0]
     errors = [np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in
               zip(jax.tree.leaves(reduced), jax.tree.leaves(exact), strict=True)]  # fmt: skip
     assert 1e-5 < max(errors) < 0.02  # it does round, and no more than eight roundings of 2^-9 each
@@ -139,7 +142,9 @@ def test_what_does_not_divide_is_refused_in_a_line():
     mesh = make_mesh(MeshConfig(tensor=8, fsdp=1))
     with pytest.raises(ValueError, match=r"scout: num_heads \(4\) must be a multiple of tensor = 8"):
         check_fits(run_config(), mesh)
+    cfg = run_config()
+    two_parts = replace(cfg, learners={"scout": replace(cfg.learners["scout"], microbatches=2)})
     with pytest.raises(ValueError, match=r"batch \(8\).* = 16: the nearest is 16"):
-        check_fits(run_config(microbatches=2), make_mesh(MeshConfig()))
+        check_fits(two_parts, make_mesh(MeshConfig()))
     with pytest.raises(ValueError, match="has 3 places but there are 8 devices"):
         make_mesh(MeshConfig(fsdp=3))

@@ -1,0 +1,36 @@
+"""The conditions of every test: eight CPU devices, checked shapes, no silent broadcast, compilations kept.
+
+Everything is said through the environment, before jax is imported, so that the processes a test starts share it.
+`JAX_PLATFORMS=cuda python -m pytest tests/...` runs the tests on a GPU instead.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+
+DEVICES = "--xla_force_host_platform_device_count"
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
+
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# The annotations of these packages are checked at every call, array shapes included.
+jaxtyping.install_import_hook(["llama4_jax", "training", "data", "configs", "launch"], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    """The global generators start alike in every test, whatever ran before it and on whichever worker."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002

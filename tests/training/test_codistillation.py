@@ -1,0 +1,148 @@
+"""Learners who teach: the shared pass equals separate ones, frozen means frozen, and one learner is pretraining."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.batch import Batch
+from llama4_jax.config import ModelConfig, tiny_behemoth, tiny_maverick, tiny_scout
+from training.config import Distillation, Learner, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
+from training.mesh import make_mesh
+from training.objectives import weights
+from training.state import create_state
+from training.step import make_train_step
+
+B, T, V, STEPS = 4, 32, 64, 3
+
+
+def shrink(model: ModelConfig) -> ModelConfig:
+    sizes = dict(vocab_size=V, chunk=16, num_layers=4, num_heads=2, num_kv_heads=2, head_dim=16, num_experts=2)
+    return replace(model, **sizes, embed_dim=model.embed_dim // 4, expert_dim=32, dense_dim=64, floor_scale=8)
+
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup=2, decay=0.5)
+TEACHER = Learner(shrink(tiny_behemoth()), OPTIMIZER, compute_dtype="float32")
+FROZEN = replace(TEACHER, optimizer=None)
+
+
+def student(model: ModelConfig, **kwargs) -> Learner:
+    return Learner(shrink(model), OPTIMIZER, Distillation("behemoth", **kwargs), compute_dtype="float32")
+
+
+SCOUT, MAVERICK = student(tiny_scout()), student(tiny_maverick(), soft=0.5, weighting="constant", temperature=2.0)
+
+
+def run(learners: dict[str, Learner], mesh: MeshConfig = MeshConfig(), devices: int = 1):  # noqa: B008
+    """States before and after STEPS steps, and each step's metrics."""
+    cfg = RunConfig("test", learners, train=TrainConfig(steps=STEPS, batch=B, seq_len=T))
+    at = make_mesh(mesh, jax.devices()[:devices])
+    state, step, metrics = create_state(cfg, at), make_train_step(cfg, at, 1), []
+    before = jax.tree.map(np.asarray, state)
+    rng = np.random.default_rng(0)
+    ones, zeros = np.ones((B, T), np.int32), np.zeros((B, T), np.int32)
+    for _ in range(STEPS):
+        tokens = (rng.zipf(1.3, (B, T + 1)) % V).astype(np.int32)
+        batch = Batch(tokens[:, :-1], tokens[:, 1:], ones, np.arange(T, dtype=np.int32)[None].repeat(B, 0),
+                      ones.astype(np.float32), zeros, ones > 0, zeros)  # fmt: skip
+        state, one = step(state, batch)
+        metrics.append(jax.tree.map(np.asarray, one))
+    return before, jax.tree.map(np.asarray, state), metrics
+
+
+def assert_same(a, b, tolerance: float = 0.0):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.max(np.abs(x - y), initial=0) <= tolerance * np.max(np.abs(y), initial=0)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return run({"behemoth": FROZEN, "maverick": MAVERICK, "scout": SCOUT})
+
+
+def test_one_teacher_pass_into_two_students_equals_two_runs(shared):
+    _, together, _ = shared
+    for name, learner in (("maverick", MAVERICK), ("scout", SCOUT)):
+        _, alone, _ = run({"behemoth": FROZEN, name: learner})
+        assert_same(together.learners[name].params, alone.learners[name].params, 1e-5)
+
+
+def test_a_frozen_teacher_does_not_change_by_a_bit(shared):
+    before, after, metrics = shared
+    assert_same(after.learners["behemoth"].params, before.learners["behemoth"].params)
+    assert after.learners["behemoth"].optimizer is None
+    assert set(metrics[0]) == {"maverick", "scout"}
+
+
+def test_students_learn_from_the_teacher(shared):
+    _, after, metrics = shared
+    _, from_labels, _ = run({"scout": replace(SCOUT, distillation=Distillation())})
+    difference = jax.tree.map(
+        lambda a, b: np.max(np.abs(a - b)), after.learners["scout"].params, from_labels.learners["scout"].params
+    )
+    assert max(jax.tree.leaves(difference)) > 1e-3
+    assert all(m["scout"]["sums"].domain_kl.sum() > 0 for m in metrics)
+
+
+def test_pretraining_is_the_case_of_one_learner():
+    """A learner beside others that do not teach it takes the very steps it takes alone."""
+    labels_only = replace(SCOUT, distillation=Distillation())
+    _, alone, _ = run({"scout": labels_only})
+    _, beside, _ = run({"behemoth": TEACHER, "maverick": MAVERICK, "scout": labels_only})
+    assert_same(beside.learners["scout"].params, alone.learners["scout"].params, 1e-5)
+
+
+def test_a_co_trained_teacher_is_not_touched_by_its_students():
+    _, alone, _ = run({"behemoth": TEACHER})
+    before, taught, _ = run({"behemoth": TEACHER, "scout": SCOUT})
+    assert_same(taught.learners["behemoth"].params, alone.learners["behemoth"].params, 1e-5)
+    moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), before.learners, taught.learners)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=2, tensor=2), dict(fsdp=1, context=2, expert=2)], ids=str)
+def test_co_distillation_on_a_mesh_equals_one_device(sizes, shared):
+    """Three learners of different shapes on one mesh."""
+    _, want, want_metrics = shared
+    _, got, metrics = run({"behemoth": FROZEN, "maverick": MAVERICK, "scout": SCOUT}, MeshConfig(**sizes), 4)
+    for a, b in zip(metrics, want_metrics, strict=True):
+        for name in ("maverick", "scout"):
+            np.testing.assert_allclose(a[name]["sums"].domain_ce, b[name]["sums"].domain_ce, rtol=1e-4)
+            np.testing.assert_allclose(a[name]["sums"].domain_kl, b[name]["sums"].domain_kl, rtol=1e-4)
+
+
+def test_microbatches_of_teacher_and_student_may_differ():
+    """With the router's losses off (they are of a microbatch) the parts sum to the whole."""
+    quiet = {"behemoth": TEACHER, "scout": SCOUT}
+    quiet = {name: replace(learner, router_balance=0.0, router_z=0.0) for name, learner in quiet.items()}
+    parts = {"behemoth": replace(quiet["behemoth"], microbatches=2), "scout": replace(quiet["scout"], microbatches=4)}
+    _, _, want = run(quiet)
+    _, _, got = run(parts)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a["scout"]["sums"].domain_kl, b["scout"]["sums"].domain_kl, rtol=1e-4)
+        np.testing.assert_allclose(a["scout"]["grad_norm"], b["scout"]["grad_norm"], rtol=1e-3)
+
+
+def test_weights_follow_the_policy():
+    rate, peak = jnp.float32(2e-3), 1e-2
+    np.testing.assert_allclose(weights(Distillation("t", "wsd", 0.9), rate, peak), (0.82, 0.18), rtol=1e-6)
+    np.testing.assert_allclose(weights(Distillation("t", "constant", 0.9), rate, peak), (0.1, 0.9), rtol=1e-6)
+    np.testing.assert_allclose(weights(Distillation(), rate, peak), (1, 0))
+
+
+def test_who_teaches_whom_is_checked():
+    def build(**learners: Learner) -> RunConfig:
+        return RunConfig("test", learners, train=TrainConfig(batch=B, seq_len=T))
+
+    with pytest.raises(ValueError, match=r"scout's teacher 'behemoth' is not among the learners before it \(none\)"):
+        build(scout=SCOUT, behemoth=TEACHER)
+    with pytest.raises(ValueError, match="share the vocabulary"):
+        build(behemoth=TEACHER, scout=replace(SCOUT, model=replace(SCOUT.model, vocab_size=2 * V)))
+    with pytest.raises(ValueError, match="scout is frozen"):
+        build(behemoth=TEACHER, scout=replace(SCOUT, optimizer=None))
+    with pytest.raises(ValueError, match="needs a learner with an optimizer"):
+        build(behemoth=FROZEN)
