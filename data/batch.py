@@ -5,7 +5,7 @@ Letters: B rows of the batch, T positions of a row. Nothing but these arrays pas
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,17 +15,18 @@ class Batch(NamedTuple):
 
     Rows are chunk-aligned (`data/packing.py`): a document that crosses a multiple of the model's attention
     chunk started on one, so chunks of a row and chunks of a document's positions are the same thing.
-    A NamedTuple is already a pytree, so a batch goes through `jit` as it is.
+    Arrays are numpy's on the host and jax's on devices. A NamedTuple is already a pytree, so a batch goes through
+    `jit` as it is.
     """
 
-    tokens: np.ndarray  # int32, token ids; padding holds the tokenizer's pad id
-    labels: np.ndarray  # int32, the next token of the same document, shifted when the row was packed
-    segment_ids: np.ndarray  # int32, 1.. for the pieces of a row in order, 0 for padding
-    positions: np.ndarray  # int32, position in the document (restarts at 0 with every piece; 0 in padding)
-    loss_mask: np.ndarray  # float32, 1 where the label counts, 0 in padding and after a document's last token
-    domain: np.ndarray  # int32, index into the list of domain names; 0 in padding (masked)
-    first_visit: np.ndarray  # bool, the document is seen for the first time in this run (epoch 0)
-    document_id: np.ndarray  # int32, the document's index within its domain; -1 in padding
+    tokens: Any  # int32, token ids; padding holds the tokenizer's pad id
+    labels: Any  # int32, the next token of the same document, shifted when the row was packed
+    segment_ids: Any  # int32, 1.. for the pieces of a row in order, 0 for padding
+    positions: Any  # int32, position in the document (restarts at 0 with every piece; 0 in padding)
+    loss_mask: Any  # float32, 1 where the label counts, 0 in padding and after a document's last token
+    domain: Any  # int32, index into the list of domain names; 0 in padding (masked)
+    first_visit: Any  # bool, the document is seen for the first time in this run (epoch 0)
+    document_id: Any  # int32, the document's index within its domain; -1 in padding
 
 
 FIELDS = Batch._fields

@@ -78,6 +78,8 @@ class Attention(nnx.Module):
         T = q_BTNH.shape[1]
         if T % self.cfg.chunk == 0 or axis_size(CONTEXT) == 1:
             return chunked_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, self.cfg.chunk)
-        row = [all_gather(x, CONTEXT, dim=1) for x in (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)]
-        out_BSNH = chunked_attention(*row, self.cfg.chunk)
+        q_BSNH, k_BSKH, v_BSKH, segment_ids_BS = (
+            all_gather(x, CONTEXT, dim=1) for x in (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        )
+        out_BSNH = chunked_attention(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, self.cfg.chunk)
         return jax.lax.dynamic_slice_in_dim(out_BSNH, axis_index(CONTEXT) * T, T, axis=1)

@@ -135,7 +135,7 @@ class Execution:
         Backward: the gradient's shares are reduce-scattered in `reduce_dtype`, back to the fp32 shards.
         """
 
-        def one(p: nnx.Param) -> nnx.Param:
+        def one(p: nnx.Param) -> nnx.Variable:
             w = p.get_value()
             gathers = tuple(
                 (dim, axes)
@@ -155,7 +155,7 @@ class Execution:
     def sum_shares(self, grads: Any) -> Any:
         """Sum each gradient over the mesh axes its weight is replicated on; fp32 comes back."""
 
-        def one(g: nnx.Param) -> nnx.Param:
+        def one(g: nnx.Param) -> nnx.Variable:
             value = g.get_value()
             stored = {name for names in self.stored_over(g.axes, value.ndim) for name in names}
             copies = tuple(name for name in MESH_AXES if name not in stored)

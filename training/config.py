@@ -163,9 +163,12 @@ class RunConfig:
         before: list[str] = []
         for name, learner in self.learners.items():
             teacher = learner.distillation.teacher
+            listed = ", ".join(before) or "none"
             _check(not teacher or teacher in before,
-                   f"{name}'s teacher {teacher!r} is not among the learners before it ({', '.join(before) or 'none'})")  # fmt: skip
-            _check(not teacher or learner.optimizer is not None, f"{name} is frozen, so it cannot learn from {teacher!r}")
+                   f"{name}'s teacher {teacher!r} is not among the learners before it ({listed})")  # fmt: skip
+            _check(
+                not teacher or learner.optimizer is not None, f"{name} is frozen, so it cannot learn from {teacher!r}"
+            )
             _check(not teacher or self.learners[teacher].model.vocab_size == learner.model.vocab_size,
                    f"{name} and its teacher {teacher} must share the vocabulary: model.vocab_size differs")  # fmt: skip
             before.append(name)

@@ -76,8 +76,9 @@ def objective(
     devices = math.prod(axis_size(name) for name in MESH_AXES)
     share += tokens * (learner.router_balance * balance + learner.router_z * z) / devices
     by_domain = jax.nn.one_hot(batch.domain.reshape(-1), domains, dtype=jnp.float32) * mask_R[:, None]
-    by_domain = psum((by_domain.sum(axis=0), ce_R @ by_domain, kl_R @ by_domain), TOKEN_AXES)
-    return share, jax.lax.stop_gradient(Sums(tokens, *by_domain, tokens * balance, tokens * z, load))
+    domain_tokens, domain_ce, domain_kl = psum((by_domain.sum(axis=0), ce_R @ by_domain, kl_R @ by_domain), TOKEN_AXES)
+    sums = Sums(tokens, domain_tokens, domain_ce, domain_kl, tokens * balance, tokens * z, load)
+    return share, jax.lax.stop_gradient(sums)
 
 
 def _router(stats: RouterStats | None, learner: Learner) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -11,7 +13,7 @@ from llama4_jax.axes import map_params
 from training.config import OptimizerConfig
 
 
-def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
+def learning_rate(cfg: OptimizerConfig, steps: int) -> Callable[..., jax.Array]:
     """Rate at each step: linear warm-up, the peak held, a linear fall over the last `decay` share to `final`.
 
     Of the first step it is peak/warmup, not 0, so that no step is lost.

@@ -27,7 +27,7 @@ class LearnerState(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    step: jax.Array  # int32, optimizer steps done
+    step: Any  # int32 [], optimizer steps done
     learners: dict[str, LearnerState]
 
 

@@ -26,7 +26,7 @@ StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 class Taught(NamedTuple):
     """What a learner hands to its students: its hidden states [B, T, U] and its unembedding, as stored."""
 
-    hidden: jax.Array
+    hidden: Any
     unembedding: nnx.State
 
 
@@ -105,7 +105,7 @@ def gradient(
         kernel = None if taught is None else _fetch_unembedding(execution(teacher or learner), taught)
 
         def part(batch: Batch, hidden: jax.Array | None):
-            targets = None if hidden is None else SoftTargets(hidden, kernel)
+            targets = None if hidden is None or kernel is None else SoftTargets(hidden, kernel)
             (_, (sums, hidden)), grads = jax.value_and_grad(share, has_aux=True)(params, batch, mix, targets)
             return (grads, sums), hidden
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def test_schedule_warms_up_holds_and_falls():
     np.testing.assert_allclose(rate[9:81], 1.0)
     np.testing.assert_allclose(rate[90], 0.55, rtol=1e-6)
     np.testing.assert_allclose(rate[100], 0.1, rtol=1e-6)
-    assert all(a >= b for a, b in zip(rate[80:], rate[81:], strict=False))
+    assert all(a >= b for a, b in pairwise(rate[80:]))
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0])

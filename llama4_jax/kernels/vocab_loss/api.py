@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from llama4_jax.kernels.vocab_loss import chunked
 
 CHUNK = 1024
-"""Rows at a time by default: 0.8 GiB of fp32 logits at a vocabulary of 202,048; fewer would add and store dW too often."""
+"""Rows at a time by default: 0.8 GiB of fp32 logits at a vocabulary of 202,048. Fewer would add to dW more often."""
 
 
 def vocab_loss(
@@ -36,7 +36,8 @@ def vocab_loss(
         raise ValueError("a teacher and soft weights go together")
     R = h_RD.shape[0]
     chunk = min(chunk, R)
-    targets = chunked.Targets(labels_R, hard_R, soft_R, *(teacher or (None, None)))
+    teacher_RU, teacher_UV = (None, None) if teacher is None else teacher
+    targets = chunked.Targets(labels_R, hard_R, soft_R, teacher_RU, teacher_UV)
     if padding := -R % chunk:  # rows that weigh nothing
 
         def pad(x):

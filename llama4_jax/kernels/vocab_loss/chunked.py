@@ -6,6 +6,8 @@ and three matmuls of [R, D] x [D, V] are all the work there is.
 
 The vocabulary may be split over a mesh axis: log-sum-exp, label logit and KL are summed over it; dL/dh comes back
 as this device's share (what its columns contribute), dL/dW whole for its own columns.
+
+Letters beside the house's: C rows of a chunk, U width of the teacher.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def loss(h_RD, w_DV, targets: Targets, temperature: float, chunk: int, axis: str
 
 
 def _forward(h_RD, w_DV, targets, temperature, chunk, axis):
-    share, ce_R, kl_R, (dh_RD, dw_DV) = _scan(h_RD, w_DV, targets, temperature, chunk, axis, with_gradient=True)
-    return (share, ce_R, kl_R), (dh_RD, dw_DV)
+    share, ce_R, kl_R, gradients = _scan(h_RD, w_DV, targets, temperature, chunk, axis, with_gradient=True)
+    return (share, ce_R, kl_R), gradients
 
 
 def _backward(temperature, chunk, axis, gradients, cotangents):
@@ -69,7 +71,7 @@ def _scan(h_RD, w_DV, targets, temperature, chunk, axis, with_gradient):
     init = jnp.zeros(w_DV.shape, jnp.float32) if with_gradient else None
     dw_DV, (totals, ce, kl, dh) = jax.lax.scan(step, init, xs)
     shares = 1 if axis is None else jax.lax.axis_size(axis)
-    gradients = (dh.reshape(h_RD.shape), dw_DV) if with_gradient else None
+    gradients = None if dh is None else (dh.reshape(h_RD.shape), dw_DV)
     return totals.sum() / shares, ce.reshape(-1), kl.reshape(-1), gradients
 
 
@@ -83,7 +85,7 @@ def _chunk(h_CD, w_DV, t: Targets, temperature: float, axis: str | None):
     ce_C = lse_C - _psum(jnp.where(mine_C, label_C, 0.0), axis)
     one_hot_CV = jax.nn.one_hot(jnp.where(mine_C, column_C, -1), z_CV.shape[1], dtype=jnp.float32)
     dz_CV = t.hard_R[:, None] * (jnp.exp(z_CV - lse_C[:, None]) - one_hot_CV)
-    if t.teacher_RU is None:
+    if t.teacher_RU is None or t.soft_R is None:
         return ce_C, jnp.zeros_like(ce_C), dz_CV
     log_q_CV = _log_softmax(z_CV / temperature, axis)
     teacher_CV = jnp.einsum("CU,UV->CV", t.teacher_RU, t.teacher_UV, preferred_element_type=jnp.float32)
