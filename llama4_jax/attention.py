@@ -64,8 +64,18 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         with jax.named_scope("attention_local" if self.local else "attention_global"):
             q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT)
-            attend = self._attend_local if self.local else self._attend_global
-            return self.output(attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT))
+            return self.output(self.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT))
+
+    def attend(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKH: Float[Array, "B T K H"],
+        segment_ids_BT: Int[Array, "B T"],
+    ) -> Float[Array, "B T N H"]:
+        """What the queries of whole rows gather: `project`'s result in, heads out."""
+        attend = self._attend_local if self.local else self._attend_global
+        return attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
     def _attend_global(self, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         """Rows lie contiguously over the context axis: each device's queries see the gathered keys and values."""

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llama4_jax.attention import Attention
 from llama4_jax.axes import Execution
 from llama4_jax.config import ModelConfig
-from llama4_jax.kernels.attention.api import chunked_attention, global_attention
+from llama4_jax.kernels.attention.api import global_attention
 from llama4_jax.text import Transformer
 
 
@@ -102,10 +102,7 @@ def prefill(
     segment_ids_BT = (row_BT < lengths_B[:, None]).astype(jnp.int32)
 
     def attend(attention, q_BTNH, k_BTKH, v_BTKH, cache, block):
-        if attention.local:
-            out_BTNH = chunked_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, attention.cfg.chunk)
-        else:
-            out_BTNH = global_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, segment_ids_BT)
+        out_BTNH = attention.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
         # The slots belong to the chunk that the next position lies in; those not reached yet hold anything.
         slots = cache.k.shape[2]
         position_BS = (lengths_B // slots * slots)[:, None] + jnp.arange(slots)[None, :]
@@ -228,8 +225,9 @@ def generate(
     tokens_BT = np.zeros((len(prompts), bucket(max(lengths), model.cfg.chunk)), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
+    graphdef, state = nnx.split(execution.fetch_module(model))
     new_BN = _generate(
-        *nnx.split(execution.fetch_module(model)), jnp.asarray(tokens_BT), jnp.asarray(lengths, jnp.int32),
+        graphdef, state, jnp.asarray(tokens_BT), jnp.asarray(lengths, jnp.int32),
         bucket(max_new_tokens, model.cfg.chunk), jnp.int32(max_new_tokens), jnp.float32(temperature),
         jnp.float32(top_p), jax.random.key(0) if key is None else key, jnp.asarray(eos_ids, jnp.int32),
     )  # fmt: skip
@@ -257,5 +255,7 @@ def _check(
     check(max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}")
     check(temperature >= 0, f"temperature must not be negative (0 is greedy), not {temperature}")
     check(0 < top_p <= 1, f"top_p must lie in (0, 1], not {top_p}")
-    check(temperature == 0 or key is not None,
-          f"sampling at temperature {temperature} needs a key, jax.random.key(seed); temperature 0 is greedy")  # fmt: skip
+    check(
+        temperature == 0 or key is not None,
+        f"sampling at temperature {temperature} needs a key, jax.random.key(seed); temperature 0 is greedy",
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,7 +244,7 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
-def _check_known(config: Mapping[str, Any], known: frozenset[str]) -> None:
+def _check_known(config: Mapping[str, Any], known: AbstractSet[str]) -> None:
     for name, value in config.items():
         if name in FIXED:
             if value != FIXED[name]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from data.batch import Batch
 from llama4_jax.config import ModelConfig, tiny_behemoth, tiny_maverick, tiny_scout
 from training.config import Distillation, Learner, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from training.mesh import make_mesh
 from training.objectives import weights
-from training.state import create_state
+from training.state import TrainState, abstract_state, create_state
 from training.step import make_train_step
 
 B, T, V, STEPS = 4, 32, 64, 3
@@ -37,11 +39,23 @@ def student(model: ModelConfig, **kwargs) -> Learner:
 SCOUT, MAVERICK = student(tiny_scout()), student(tiny_maverick(), soft=0.5, weighting="constant", temperature=2.0)
 
 
+@cache
+def _on_host(learners: tuple) -> TrainState:
+    cfg = RunConfig("test", dict(learners), train=TrainConfig(steps=STEPS, batch=B, seq_len=T))
+    return jax.tree.map(np.asarray, create_state(cfg, make_mesh(MeshConfig(), jax.devices()[:1])))
+
+
+def state_on(cfg: RunConfig, mesh: Mesh) -> TrainState:
+    """`create_state`, compiled once for one device and then placed (compiling it for every mesh takes its time)."""
+    placed = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
+    return jax.device_put(_on_host(tuple(cfg.learners.items())), placed)
+
+
 def run(learners: dict[str, Learner], mesh: MeshConfig = MeshConfig(), devices: int = 1):  # noqa: B008
     """States before and after STEPS steps, and each step's metrics."""
     cfg = RunConfig("test", learners, train=TrainConfig(steps=STEPS, batch=B, seq_len=T))
     at = make_mesh(mesh, jax.devices()[:devices])
-    state, step, metrics = create_state(cfg, at), make_train_step(cfg, at, 1), []
+    state, step, metrics = state_on(cfg, at), make_train_step(cfg, at, 1), []
     before = jax.tree.map(np.asarray, state)
     rng = np.random.default_rng(0)
     ones, zeros = np.ones((B, T), np.int32), np.zeros((B, T), np.int32)

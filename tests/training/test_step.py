@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from data.batch import Batch
 from llama4_jax.config import tiny_maverick, tiny_scout
 from training.config import Learner, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from training.mesh import BATCH_SPEC, check_fits, make_mesh
-from training.state import abstract_state, create_state
+from training.state import TrainState, abstract_state, create_state
 from training.step import gradient, make_train_step
 
 B, T, CHUNK, V, DOMAINS, STEPS = 8, 64, 16, 128, 2, 5
@@ -46,11 +47,23 @@ def batches(n: int = STEPS, seed: int = 0) -> list[Batch]:
     return out
 
 
+@cache
+def _on_host(learners: tuple) -> TrainState:
+    cfg = RunConfig("test", dict(learners), train=TrainConfig(steps=STEPS, batch=B, seq_len=T))
+    return jax.tree.map(np.asarray, create_state(cfg, make_mesh(MeshConfig(), jax.devices()[:1])))
+
+
+def state_on(cfg: RunConfig, mesh: Mesh) -> TrainState:
+    """`create_state`, compiled once for one device and then placed (compiling it for every mesh takes its time)."""
+    placed = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
+    return jax.device_put(_on_host(tuple(cfg.learners.items())), placed)
+
+
 def losses(cfg: RunConfig, mesh_cfg: MeshConfig, devices: int) -> tuple[np.ndarray, int]:
     """Loss of each step, and how often the step was compiled."""
     mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
     check_fits(cfg, mesh)
-    state, step, out = create_state(cfg, mesh), make_train_step(cfg, mesh, DOMAINS), []
+    state, step, out = state_on(cfg, mesh), make_train_step(cfg, mesh, DOMAINS), []
     for batch in batches():
         state, metrics = step(state, jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC)))
         sums = metrics["scout"]["sums"]
@@ -92,7 +105,7 @@ def test_microbatches_sum_to_the_batch(remat):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     learner = replace(run_config().learners["scout"], router_balance=0.0, router_z=0.0, remat=remat)
     in_four = replace(learner, microbatches=4)
-    params = create_state(run_config(), mesh).learners["scout"].params
+    params = state_on(run_config(), mesh).learners["scout"].params
     batch = batches(1)[0]
     whole, sums, _ = jax.jit(gradient(learner, mesh, DOMAINS))(params, batch, HARD)
     parts, part_sums, _ = jax.jit(gradient(in_four, mesh, DOMAINS))(params, batch, HARD)
@@ -105,7 +118,7 @@ def test_padding_is_nothing():
     """Tokens under padding change neither loss, gradient nor the router's statistics."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     cfg = run_config()
-    params = create_state(cfg, mesh).learners["scout"].params
+    params = state_on(cfg, mesh).learners["scout"].params
     apply = jax.jit(gradient(cfg.learners["scout"], mesh, DOMAINS))
     batch = batches(1)[0]
     padding = batch.segment_ids == 0
@@ -118,7 +131,7 @@ def test_padding_is_nothing():
 def test_gradients_may_be_reduced_in_bfloat16():
     mesh = make_mesh(MeshConfig(fsdp=8))
     cfg = run_config()
-    params = create_state(cfg, mesh).learners["scout"].params
+    params = state_on(cfg, mesh).learners["scout"].params
     batch = jax.device_put(batches(1)[0], NamedSharding(mesh, BATCH_SPEC))
     learner = cfg.learners["scout"]
     exact = jax.jit(gradient(learner, mesh, DOMAINS))(params, batch, HARD)[0]
@@ -126,6 +139,13 @@ def test_gradients_may_be_reduced_in_bfloat16():
     errors = [np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in
               zip(jax.tree.leaves(reduced), jax.tree.leaves(exact), strict=True)]  # fmt: skip
     assert 1e-5 < max(errors) < 0.02  # it does round, and no more than eight roundings of 2^-9 each
+
+
+def test_initial_weights_are_the_same_on_every_mesh():
+    cfg = run_config()
+    made = create_state(cfg, make_mesh(MeshConfig(expert=2, fsdp=2, tensor=2)))
+    for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(_on_host(tuple(cfg.learners.items()))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 def test_weights_are_stored_where_the_rules_say():

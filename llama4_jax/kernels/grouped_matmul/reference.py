@@ -12,5 +12,6 @@ def grouped_matmul(
     """out[r] = x[r] @ w[e] where row r lies in group e; rows behind the last group give zeros."""
     ends_E = jnp.cumsum(group_sizes_E)
     row_R = jnp.arange(x_RD.shape[0])
-    in_group_RE = (row_R[:, None] < ends_E) & (row_R[:, None] >= ends_E - group_sizes_E)
+    starts_E = ends_E - group_sizes_E
+    in_group_RE = (row_R[:, None] < ends_E[None, :]) & (row_R[:, None] >= starts_E[None, :])
     return jnp.einsum("RD,EDF,RE->RF", x_RD, w_EDF, in_group_RE.astype(x_RD.dtype))

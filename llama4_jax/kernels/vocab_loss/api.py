@@ -36,7 +36,7 @@ def vocab_loss(
         raise ValueError("a teacher and soft weights go together")
     R = h_RD.shape[0]
     chunk = min(chunk, R)
-    teacher_RU, teacher_UV = (None, None) if teacher is None else teacher
+    teacher_RU, teacher_UV = teacher or (None, None)  # pyright: ignore[reportGeneralTypeIssues]
     targets = chunked.Targets(labels_R, hard_R, soft_R, teacher_RU, teacher_UV)
     if padding := -R % chunk:  # rows that weigh nothing
 

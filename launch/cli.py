@@ -1,0 +1,112 @@
+"""The `llama4` command: a table of sub-commands, and what becomes of errors and signals.
+
+A command is a module with `add_arguments(parser)` and `run(args) -> exit status`. It imports nothing heavy at its top,
+so that `llama4 X --help` answers at once. Options that a command with `TAKES_OVERRIDES` does not know are fields of the
+run's configuration (`launch/overrides.py`); they arrive as `args.overrides`.
+
+Exit status: 0 done, 1 failed (with the traceback of what nobody foresaw), 2 wrong input (one line on stderr),
+130 and 143 stopped by Ctrl-C and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from launch import overrides
+
+COMMANDS = {
+    "demo": ("launch.demo", "train a tiny model on this machine, export it, verify it, and let it write"),
+    "train": ("launch.train", "train a preset, with any of its fields overridden"),
+    "export": ("launch.export", "turn a run's checkpoint into a Hugging Face folder"),
+    "import": ("launch.import_", "turn a Hugging Face folder into a run's checkpoint"),
+    "verify": ("launch.verify", "compare a Hugging Face folder's logits with those of transformers"),
+    "inspect": ("launch.inspect", "show a model's layers and count its parameters"),
+    "data": ("launch.data", "show what a run would read"),
+    "tokenizer": ("launch.tokenizer", "train a tokenizer, encode and decode with one"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints as the ValueErrors that `main` prints in one line."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, conflict_handler="resolve", **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args, run = _parse(argv)
+        return run(args)
+    except (ValueError, FileNotFoundError) as error:
+        if not _is_input(error):
+            raise
+        print(f"llama4: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("llama4: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, Callable[[argparse.Namespace], int]]:
+    parser = Parser(
+        prog="llama4",
+        description="Pretrain and co-distil the Llama 4 family in JAX.",
+        epilog="llama4 COMMAND --help says more; llama4 train --help lists the presets.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    subparsers = {name: commands.add_parser(name, help=line, description=line) for name, (_, line) in COMMANDS.items()}
+    command = argv[0] if argv else ""
+    if command not in COMMANDS:
+        if command and not command.startswith("-"):
+            near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0) or ["train"]
+            raise ValueError(f"no command {command!r}; the nearest is {near[0]!r} (all: {', '.join(COMMANDS)})")
+        if not argv:
+            parser.error(f"a command is needed: {', '.join(COMMANDS)}")
+        parser.parse_args(argv)  # --help, or an error
+        raise AssertionError
+    module = importlib.import_module(COMMANDS[command][0])
+    module.add_arguments(subparsers[command])
+    given: list[list[str]] = []
+    options = [*subparsers[command]._option_string_actions]
+    if getattr(module, "TAKES_OVERRIDES", False):
+        argv, given = overrides.split(argv, options)
+    args, extra = parser.parse_known_args(argv, argparse.Namespace(overrides=given, options=options))
+    if extra:
+        near = difflib.get_close_matches(extra[0], options, n=1)
+        hint = f"; the nearest is {near[0]}" if near else f" (see llama4 {command} --help)"
+        raise ValueError(f"unrecognized arguments: {' '.join(extra)}{hint}")
+    return args, module.run
+
+
+def _is_input(error: Exception) -> bool:
+    """Whether the error speaks of what the user gave: a missing file, or a ValueError raised by this project's code.
+
+    A ValueError out of a library is unforeseen, and its traceback is worth more than one line.
+    """
+    if isinstance(error, FileNotFoundError):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    ours = Path(__file__).resolve().parent.parent
+    packages = ("launch", "configs", "training", "data", "llama4_jax")
+    return any(Path(frame.f_code.co_filename).is_relative_to(ours / package) for package in packages)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""`llama4 import DIR --to RUN`: a Hugging Face folder as a run at step 0, to be trained, exported or evaluated."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+
+import configs
+from launch import overrides
+from training.config import RunConfig
+
+TAKES_OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} DIR --to RUN [--preset NAME] [--FIELD VALUE ...] [--json]"
+    parser.add_argument("folder", metavar="DIR", help="a folder in Hugging Face's format")
+    parser.add_argument("--to", metavar="RUN", required=True, help="the run's folder")
+    parser.add_argument("--preset", metavar="NAME", default="pretrain:tiny",
+                        help="where everything but the model comes from (default: pretrain:tiny)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON; the log goes to stderr")
+    parser.epilog = (
+        "The model's shape is the folder's. The tokenizer is the folder's tokenizer.model, or --data.tokenizer PATH.\n"
+        "llama4 train RUN goes on from there; llama4 train NAME --init hf:DIR imports and trains in one."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        cfg = _configuration(args)
+        _write(cfg)
+        print(f"{args.to}: the weights of {args.folder} at step 0; go on with: llama4 train {args.to}")
+    if args.json:
+        print(json.dumps(dict(folder=args.to, source=args.folder, learner=next(iter(cfg.learners)), step=0)))
+    return 0
+
+
+def _configuration(args: argparse.Namespace) -> RunConfig:
+    """The preset with the folder's model, weights and tokenizer."""
+    from etils import epath
+
+    from data.tokenizer import MODEL_FILE
+    from training.export import read_config
+
+    cfg = configs.find(args.preset)
+    if len(cfg.learners) > 1:
+        raise ValueError(f"import makes a run with one learner, but {args.preset} has {', '.join(cfg.learners)}")
+    name, learner = next(iter(cfg.learners.items()))
+    learner = dataclasses.replace(learner, model=read_config(args.folder), init=f"hf:{args.folder}")
+    file = epath.Path(args.folder) / MODEL_FILE
+    data = dataclasses.replace(cfg.data, tokenizer=str(file) if file.exists() else "")
+    cfg = overrides.apply(dataclasses.replace(cfg, learners={name: learner}, data=data, out=args.to), args)
+    if not cfg.data.tokenizer:
+        raise FileNotFoundError(f"no {MODEL_FILE} in {args.folder}: give --data.tokenizer PATH")
+    return cfg
+
+
+def _write(cfg: RunConfig) -> None:
+    """What `training.loop.train` would have kept before its first step."""
+    from etils import epath
+
+    from data.tokenizer import MODEL_FILE
+    from launch.startup import open_corpus
+    from training.checkpoint import Checkpoints, run_record
+    from training.loop import initial_state, write_config
+    from training.mesh import check_fits, make_mesh
+
+    folder = epath.Path(cfg.folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists already and is not an empty folder: name a new one for the run")
+    corpus = open_corpus(cfg)
+    mesh = make_mesh(cfg.mesh)
+    check_fits(cfg, mesh)
+    state = initial_state(cfg, mesh)
+    chunk = next(iter(cfg.learners.values())).model.chunk
+    stream = corpus.train(cfg.train.batch, cfg.train.seq_len, chunk, cfg.train.seed)
+    kept = dataclasses.replace(cfg.data, tokenizer=str(folder / MODEL_FILE))  # the run needs the source no more
+    cfg = dataclasses.replace(cfg, data=kept)
+    with Checkpoints(folder, cfg.train.checkpoint_keep) as checkpoints:
+        checkpoints.save(0, state, stream.get_state(), run_record(cfg, corpus.tokenizer.hash))
+    stream.close()
+    write_config(folder, cfg)
+    corpus.tokenizer.save(folder)

@@ -1,0 +1,44 @@
+"""What several commands begin with: the cache, a run's corpus, a run's tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch import overrides
+from training.config import RunConfig
+
+if TYPE_CHECKING:
+    from etils import epath
+
+    from data.loader import Corpus
+    from data.tokenizer import Tokenizer
+
+
+def cache_folder() -> Path:
+    """Where derived files live that any run may share: $XDG_CACHE_HOME/llama4_jax, or ~/.cache/llama4_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama4_jax"
+
+
+def open_corpus(cfg: RunConfig, log: Callable[[str], object] = print) -> Corpus:
+    """The run's documents and tokenizer; ValueError if the models have another vocabulary."""
+    overrides.check_vocabulary(cfg)
+    from data.loader import Corpus
+
+    corpus = Corpus.open(cfg.data, cache_folder(), log)
+    overrides.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
+    return corpus
+
+
+def run_tokenizer(folder: str | epath.Path, cfg: RunConfig) -> Tokenizer:
+    """The tokenizer that `llama4 train` kept in the run's folder, or that its configuration names."""
+    from etils import epath
+
+    from data import tokenizer
+
+    kept = epath.Path(folder) / tokenizer.MODEL_FILE
+    if not kept.exists() and not cfg.data.tokenizer:
+        raise FileNotFoundError(f"no {tokenizer.MODEL_FILE} in {folder}")
+    return tokenizer.load(kept if kept.exists() else cfg.data.tokenizer)

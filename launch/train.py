@@ -1,0 +1,62 @@
+"""`llama4 train NAME`: trains a preset; started again, it goes on from its newest checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import configs
+from launch import overrides
+from training.config import RunConfig
+
+TAKES_OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    overrides.add_name(parser, also=", or the folder of a run to go on with")
+    parser.add_argument("--json", action="store_true", help="print the closing summary as JSON; the log goes to stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    cfg = overrides.apply(find(args.name), args)
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        summary = train(cfg)
+    if args.json:
+        print(json.dumps(summary))
+    return status(summary)
+
+
+def find(name: str) -> RunConfig:
+    """A preset, or the configuration of the run in a folder."""
+    if not name:
+        raise ValueError(f"a preset or a run's folder is needed; the presets are {', '.join(configs.PRESETS)}")
+    if name in configs.PRESETS:
+        return configs.find(name)
+    from etils import epath
+
+    stored = epath.Path(name) / "config.json"
+    if not stored.exists():
+        return configs.find(name)
+    from training.checkpoint import config_from_json
+
+    try:
+        return dataclasses.replace(config_from_json(json.loads(stored.read_text())), out=name)
+    except ValueError as error:
+        raise ValueError(f"{stored} is not a run's configuration: {error}") from error
+
+
+def train(cfg: RunConfig) -> dict[str, Any]:
+    """Open the data and train; the summary of `training.loop.train`."""
+    from launch.startup import open_corpus
+    from training import loop
+
+    return loop.train(cfg, open_corpus(cfg))
+
+
+def status(summary: dict[str, Any]) -> int:
+    """Of the process: that of the signal which stopped the run after a last checkpoint, or 0."""
+    return 128 + summary["signal"] if summary["signal"] else 0

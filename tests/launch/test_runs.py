@@ -1,0 +1,121 @@
+"""Commands on a run: train, go on, export, verify, import, and the demonstration of all of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch import cli
+
+TINY = (
+    "--data.vocab-size 320 --data.heldout 0.2 --train.batch 8 --train.seq-len 32 --train.eval-batches 1 "
+    "--train.checkpoint-every 2 --model.chunk 16 --model.embed-dim 32 --model.head-dim 8 --model.num-heads 2 "
+    "--model.num-kv-heads 1 --model.expert-dim 16 --model.dense-dim 16 --model.num-experts 2"
+)
+
+
+@pytest.fixture
+def train(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The line that starts a run of two steps in `run`."""
+    monkeypatch.chdir(corpus.parent)
+    return f"train pretrain:tiny --out run --data.jsonl {corpus} {TINY} --train.steps 2"
+
+
+def output(line: str, capsys) -> dict:
+    """The JSON on stdout, which holds nothing else."""
+    assert cli.main([*line.split(), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def error(line: str, capsys) -> str:
+    assert cli.main(line.split()) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_from_a_run_to_transformers_and_back(train: str, capsys):
+    summary = output(train, capsys)
+    assert summary["complete"] and summary["step"] == 2 and summary["folder"] == "run"
+    assert {"eval/ce", "eval/ce/long", "eval/ce/short"} <= summary["metrics"].keys()
+
+    # The folder names the run; its configuration is the one that was given on the command line.
+    more = output("train run --train.steps 4", capsys)
+    assert more["step"] == 4 and more["metrics"]["eval/ce"] != summary["metrics"]["eval/ce"]
+    assert "trained with learners.scout.model.attn_scale" in error("train run --model.attn-scale 0.2", capsys)
+
+    made = output("export run --to hf --dtype float32 --step 2", capsys)
+    assert made == {"folder": "hf", "run": "run", "learner": "scout", "step": 2, "dtype": "float32"}
+    assert "exists already" in error("export run --to hf", capsys)
+    assert "no learner 'scuot'" in error("export run --to other --learner scuot", capsys)
+    assert "no checkpoint of step 3" in error("export run --to other --step 3", capsys)
+
+    if importlib.util.find_spec("transformers"):
+        result = output("verify hf", capsys)
+        assert result["ok"] and result["max_relative_error"] < 1e-5
+        assert cli.main(["verify", "hf", "--tolerance", "0"]) == 1
+    capsys.readouterr()
+
+    fields = " ".join(word for word in train.split()[4:] if "model" not in word)
+    data = (
+        " ".join(train.split()[4:6]) + " --data.heldout 0.2 --train.batch 8 --train.seq-len 32 --train.eval-batches 1"
+    )
+    made = output(f"import hf --to imported {data} --train.steps 2", capsys)
+    assert made == {"folder": "imported", "source": "hf", "learner": "scout", "step": 0}, fields
+    assert "exists already" in error(f"import hf --to imported {data}", capsys)
+    output("export imported --to again --dtype float32", capsys)
+    name = "model-00001-of-00001.safetensors"
+    assert Path("again", name).read_bytes() == Path("hf", name).read_bytes()
+    imported = output("train imported", capsys)
+    first = json.loads(Path("imported/metrics.jsonl").read_text().splitlines()[0])
+    fresh = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])
+    assert imported["step"] == 2 and first["loss"] < fresh["loss"]
+
+    # --init imports and trains in one, and comes to the same.
+    started = output(f"{train.replace('--out run', '--out init')} --init hf:hf", capsys)
+    assert np.isclose(started["metrics"]["loss"], imported["metrics"]["loss"], rtol=0, atol=0)
+    assert "embed_dim" in error(f"{train.replace('--out run', '--out wide')} --init hf:hf --model.embed-dim 64", capsys)
+
+
+def test_wrong_beginnings(train: str, capsys):
+    assert "nowhere/config.json is missing" in error(f"{train} --init hf:nowhere", capsys)
+    assert "init must be empty, hf:DIR or run:DIR, not 'nowhere'" in error(f"{train} --init nowhere", capsys)
+
+
+def test_demo_goes_on_and_does_nothing_twice(train: str, capsys):
+    line = train.replace("train pretrain:tiny --out run", "demo --out demo")
+    first = output(line, capsys)
+    exported = Path(first["export"]["folder"])
+    assert (exported / "config.json").exists() and (exported / "tokenizer.model").exists()
+    assert len(first["samples"]) == 4 and all(first["samples"].values())
+    assert first["verification"] is None or first["verification"]["ok"]
+    before = {path: path.stat().st_mtime_ns for path in Path("demo").rglob("*") if path.is_file()}
+    assert output(line, capsys) == first
+    assert {path: path.stat().st_mtime_ns for path in Path("demo").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_has_its_status(train: str, number: signal.Signals, capsys):
+    """The process ends by 143 or 130, and the same command goes on after the step that was saved."""
+    words = [*train.replace("--train.steps 2", "--train.steps 100000").split(), "--train.checkpoint-every", "100000"]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "launch.cli", *words], stdout=subprocess.PIPE, text=True, env=env)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 10/"):
+            break
+    time.sleep(0.1)
+    process.send_signal(number)
+    rest = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number, rest
+    steps = sorted(int(path.name) for path in Path("run/checkpoints").iterdir() if path.name.isdecimal())
+    assert len(steps) == 1 and steps[0] >= 10
+    assert output(f"train run --train.steps {steps[0] + 1}", capsys)["step"] == steps[0] + 1

@@ -1,0 +1,148 @@
+"""What a run reports: losses recomputed by hand, FLOPs by hand, and a file that tells one story."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from etils import epath
+
+from llama4_jax.config import maverick, scout
+from training.config import Distillation, Learner, RunConfig, TrainConfig
+from training.mesh import make_mesh
+from training.metrics import (
+    Console,
+    Throughput,
+    Writers,
+    active_matmul_parameters,
+    flops_per_token,
+    peak_flops,
+    read,
+    scalars,
+    step_flops_per_token,
+)
+from training.objectives import Sums
+
+
+def test_flops_of_scout():
+    """Written out by hand from the model card's shape."""
+    attention = 5120 * 40 * 128 + 2 * 5120 * 8 * 128 + 40 * 128 * 5120
+    ffn = 2 * 3 * 5120 * 8192 + 5120 * 16  # shared and one routed expert, router
+    active = 48 * (attention + ffn) + 5120 * 202_048
+    assert active == active_matmul_parameters(scout()) == 16_137_912_320  # and 1.03B of embedding: the card's 17B
+    # 4 N H flops a (query, key) pair forward, three times that with the backward pass, half of the pairs.
+    assert flops_per_token(scout(), 8192) == 6 * active + 48 * 6 * 40 * 128 * 8192 == 108_907_069_440
+    assert flops_per_token(scout(), 262_144) == 6 * active + 6 * 40 * 128 * (36 * 8192 + 12 * 262_144)
+
+
+def test_flops_of_maverick():
+    """Every other layer dense."""
+    attention, router = 62_914_560, 5120 * 128
+    active = 48 * attention + 24 * (3 * 5120 * 16_384) + 24 * (2 * 3 * 5120 * 8192 + router) + 5120 * 202_048
+    assert active_matmul_parameters(maverick()) == active
+
+
+def test_flops_of_teachers():
+    model = replace(scout(), num_layers=4, vocab_size=1000)
+    teacher = Learner(model)
+    student = Learner(model, distillation=Distillation("teacher"))
+    train = TrainConfig(seq_len=1024)
+    one = flops_per_token(model, 1024)
+    head = 2 * 5120 * 1000  # of one pass through the unembedding
+    both = step_flops_per_token(RunConfig("x", {"teacher": teacher, "scout": student}, train=train))
+    assert both == 2 * one + head
+    teacher = replace(teacher, optimizer=None)
+    frozen = step_flops_per_token(RunConfig("x", {"teacher": teacher, "scout": student}, train=train))
+    assert frozen == pytest.approx((one - 3 * head) / 3 + one + head)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops"),
+    [("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v5p", 459), ("TPU v6 lite", 918), ("TPU7x", 1153.5),
+     ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312),
+     ("cpu", None)],
+)  # fmt: skip
+def test_peak(kind, tflops):
+    assert peak_flops(kind) == (tflops and tflops * 1e12)
+
+
+def test_throughput(make_run, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("training.metrics.time.perf_counter", lambda: now)
+    cfg = make_run()
+    meter = Throughput(cfg, make_mesh(cfg.mesh))
+    assert meter.report() == {}
+    meter.add(300.0, 0.5)
+    meter.add(500.0, 0.5)
+    now = 104.0
+    flops = 200 * step_flops_per_token(cfg) / 8
+    expected = dict(tokens_per_second=200.0, seconds_per_step=2.0, data_wait=0.25, tflops=flops / 1e12)
+    assert meter.report() == pytest.approx(expected)  # no mfu: a CPU's peak is not known
+    meter.peak = 4 * flops
+    meter.add(800.0, 0.0)
+    now = 108.0
+    assert meter.report()["mfu"] == pytest.approx(0.25)
+
+
+def step_metrics(layers: int):
+    load = np.full((layers, 4), 5.0)
+    load[1] = [16, 4, 0, 0]
+    sums = Sums(*map(np.float32, (20,)), np.float32([15, 0, 5]), np.float32([30, 0, 20]), np.float32([3, 0, 1]),
+                np.float32(40), np.float32(60), load)  # fmt: skip
+    rest = dict(grad_norm=1.5, learning_rate=1e-3, hard=0.25, soft=0.75)
+    return dict(sums=sums, **{name: np.float32(value) for name, value in rest.items()})
+
+
+def test_scalars_of_one_learner(make_run):
+    cfg = make_run()
+    out = scalars({"scout": step_metrics(2) | {"hard": np.float32(1)}}, cfg, ("even", "none", "odd"))
+    table = out.pop("expert_share")
+    assert table == [[0.25] * 4, [0.8, 0.2, 0.0, 0.0]]
+    assert out == pytest.approx(
+        {"loss": 2.5 + 0.01 * 2 + 0.001 * 3, "ce": 2.5, "ce/even": 2.0, "ce/odd": 4.0, "balance": 2.0, "z": 3.0,
+         "grad_norm": 1.5, "learning_rate": 1e-3, "tokens": 20.0, "imbalance": 3.2,
+         "imbalance/1": 1.0, "imbalance/3": 3.2}  # a Maverick's odd layers are MoE
+    )  # fmt: skip
+
+
+def test_scalars_of_a_student(make_run):
+    cfg = make_run()
+    student = replace(cfg.learners["scout"], distillation=Distillation("teacher", temperature=2.0))
+    cfg = replace(cfg, learners={"teacher": replace(cfg.learners["scout"], optimizer=None), "student": student})
+    out = scalars({"student": step_metrics(2)}, cfg, ("even", "none", "odd"))
+    assert out["student/kl"] == pytest.approx(0.2) and out["student/kl/odd"] == pytest.approx(0.2)
+    assert out["student/loss"] == pytest.approx(0.25 * 2.5 + 0.75 * 4 * 0.2 + 0.01 * 2 + 0.001 * 3)
+
+
+def test_lines_after_the_restored_step_are_dropped(tmp_path):
+    folder = epath.Path(tmp_path)
+    writers = Writers(folder, 0)
+    for step in (1, 2, 3):
+        writers.write(step, {"loss": step / 3, "expert_share": [[1.0]]})
+    writers.close()
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 4, "lo')  # killed while writing
+    assert [r["step"] for r in read(folder)] == [1, 2, 3]
+    writers = Writers(folder, 2)
+    writers.write(3, {"loss": 1.0})
+    writers.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 1 / 3), (2, 2 / 3), (3, 1.0)]
+    assert records[0]["expert_share"] == [[1.0]] and list((tmp_path / "tensorboard").iterdir())
+    Writers(folder, 0).close()
+    assert read(folder) == []
+
+
+def test_plain_lines(make_run):
+    lines = []
+    console = Console(make_run(steps=100), 0, lines.append)
+    console.report(10, {"loss": 2.0, "tokens_per_second": 1e5, "tflops": 12.0, "mfu": 0.5, "seconds_per_step": 2.0})
+    console.report(20, {"loss": 1.0, "eval/ce": 3.0, "eval/ce/odd": 4.0})
+    console.close()
+    assert lines == [
+        "step 10/100  loss 2.0000  100,000 tokens/s  MFU 50.0%  0:03:00 left",
+        "step 20/100  loss 1.0000",
+        "step 20/100  held out: ce 3.0000  ce/odd 4.0000",
+    ]

@@ -1,0 +1,279 @@
+"""Checkpoints of a run, written by Orbax in the background and restored onto any mesh.
+
+`FOLDER/checkpoints/STEP` holds three items: `state` (weights, optimizer, step), `data` (the position in the data,
+JSON) and `run` (the resolved config and the tokenizer's hash, JSON). Arrays are stored flat, by a name such as
+`learners.scout.params.blocks.layers.0.attention.wq_DNH`, so that a checkpoint can be read without this project's
+classes; each in chunks of one block (and one expert), so that a reader of a single layer or expert, on whatever
+mesh, reads that alone. Orbax restores a wrong dtype by casting in silence: shapes and dtypes are compared here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from llama4_jax.axes import is_variable
+from llama4_jax.text import abstract
+from training.config import RunConfig
+from training.mesh import shardings
+from training.state import TrainState, execution
+
+RESUMABLE = ("name", "out", "mesh", "train.steps", "train.log_every", "train.eval_every", "train.eval_batches",
+             "train.checkpoint_every", "train.checkpoint_keep")  # fmt: skip
+"""Config fields that a resumed run may change freely; of a learner all but its model, too."""
+
+
+class Checkpoints:
+    """The checkpoints of a run's folder. Closing waits for the last save; a failed save raises there or at the next."""
+
+    def __init__(self, folder: str | epath.Path, keep: int | None = None):
+        """`keep`: how many of the newest to keep; None opens the folder for reading only."""
+        self.folder = epath.Path(folder) / "checkpoints"
+        if keep is None and not self.folder.exists():
+            raise FileNotFoundError(f"no checkpoints in {folder}: {self.folder} does not exist")
+        writes = keep is not None  # what an interrupted save left behind is removed by the next writer
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=writes, cleanup_tmp_directories=writes)
+        json_item = ocp.JsonCheckpointHandler
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": json_item(), "run": json_item()}
+        self._manager = ocp.CheckpointManager(epath.Path(self.folder).resolve(), None, options, item_handlers=handlers)
+        self._saving = 0
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the save under way and release what is held; OSError if that save failed."""
+        try:
+            self._wait()
+        finally:
+            self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def find(self, step: int | None = None) -> int:
+        """That step, or the newest, if there is a checkpoint of it; else FileNotFoundError."""
+        steps = list(self._manager.all_steps())
+        if not steps or (step is not None and step not in steps):
+            wanted = "complete checkpoint" if step is None else f"checkpoint of step {step}"
+            raise FileNotFoundError(f"no {wanted} in {self.folder}; there are: {sorted(steps)}")
+        return max(steps) if step is None else step
+
+    def save(self, step: int, state: TrainState, position: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        """Start to write a checkpoint; returns once the arrays are copied off the devices. OSError if one failed."""
+        self._wait()
+        self._saving = step
+        named = named_leaves(state)
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(
+                {name: _value(leaf) for name, leaf in named.items()},
+                save_args={name: ocp.SaveArgs(shard_axes=chunked_axes(leaf)) for name, leaf in named.items()},
+            ),
+            data=ocp.args.JsonSave(dict(position)),
+            run=ocp.args.JsonSave(dict(record)),
+        )
+        try:
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def check(self) -> None:
+        """OSError if a save has failed in the background; returns at once."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What `run_record` returned when the checkpoint was written."""
+        return self._json(step, "run")
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state, placed as `like` (see `training.state.abstract_state`), and the position in the data."""
+        return self.restore_tree(step, like), self._json(step, "data")
+
+    def restore_tree(self, step: int, like: Any, prefix: str = "") -> Any:
+        """The part of the state whose names begin with `prefix`, as the abstract tree `like` is shaped and placed."""
+        named = named_leaves(like, prefix)
+        wanted = {name: _value(leaf) for name, leaf in named.items()}
+        stored: Any = self._manager.item_metadata(self.find(step))["state"]
+        _check_leaves(wanted, {n: m for n, m in stored.tree.items() if n.startswith(prefix)}, f"{self.folder}/{step}")
+        args = {
+            name: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+            for name, x in wanted.items()
+        }
+        restore = ocp.args.PyTreeRestore(wanted, restore_args=args, partial_restore=True)
+        arrays = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+        leaves = [
+            leaf.replace(arrays[name]) if is_variable(leaf) else arrays[name] for name, leaf in named.items()
+        ]  # fmt: skip
+        return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_variable), leaves)
+
+    def _json(self, step: int, item: str) -> dict[str, Any]:
+        args: Any = {item: ocp.args.JsonRestore()}
+        return self._manager.restore(self.find(step), args=ocp.args.Composite(**args))[item]
+
+    def _wait(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> OSError:
+        what = str(error).strip().splitlines() or [type(error).__name__]
+        return OSError(f"the checkpoint of step {self._saving} in {self.folder} was not written: {what[0]}")
+
+
+# --- Names, chunks, shapes
+
+
+def named_leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted path, in the tree's order; an `nnx.Param` is one leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
+    return {prefix + jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def chunked_axes(leaf: Any) -> tuple[int, ...]:
+    """Dimensions of which a stored chunk has one place: the stacked blocks, and the experts."""
+    if not is_variable(leaf):
+        return ()
+    stacked = leaf.get_value().ndim - len(leaf.axes)
+    return (*range(stacked), *(stacked + i for i, name in enumerate(leaf.axes) if name == "experts"))
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.get_value() if is_variable(leaf) else leaf
+
+
+def _check_leaves(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:
+    if missing := sorted(set(wanted) - set(stored)):
+        raise ValueError(f"checkpoint {where} lacks {missing[0]} ({len(missing)} of {len(wanted)} arrays missing)")
+    if extra := sorted(set(stored) - set(wanted)):
+        raise ValueError(f"checkpoint {where} holds {extra[0]}, which this run has not ({len(extra)} such arrays)")
+    for name, x in wanted.items():
+        have = stored[name]
+        if tuple(have.shape) != x.shape or have.dtype != x.dtype:
+            raise ValueError(
+                f"checkpoint {where}: {name} is {have.dtype}{list(have.shape)}, this run needs {x.dtype}{list(x.shape)}"
+            )
+
+
+# --- The run's record: its config, and what a resumed run must share with it
+
+
+def run_record(cfg: RunConfig, tokenizer: str) -> dict[str, Any]:
+    """What is stored beside the arrays: the resolved config and the tokenizer's hash, as JSON has them."""
+    return json.loads(json.dumps({"config": dataclasses.asdict(cfg), "tokenizer": tokenizer}))
+
+
+def check_resumable(stored: Mapping[str, Any], current: Mapping[str, Any], where: str) -> list[str]:
+    """Lines `field: old -> new` of harmless changes; ValueError for one that would make it another run."""
+    if stored["tokenizer"] != current["tokenizer"]:
+        raise ValueError(f"{where} was trained with tokenizer {stored['tokenizer']}, not {current['tokenizer']}")
+    old, new = _flat(stored["config"]), _flat(current["config"])
+    changes = []
+    for field in sorted({*old, *new}):
+        was, now = old.get(field, "absent"), new.get(field, "absent")
+        if was != now and not _free(field):
+            raise ValueError(
+                f"{where} was trained with {field} = {was!r}, not {now!r}: restore that value, or use another folder"
+            )
+        if was != now:
+            changes.append(f"{field}: {was} -> {now}")
+    return changes
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {k: v for key, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _free(field: str) -> bool:
+    parts = field.split(".")
+    if parts[0] == "learners":
+        return len(parts) > 2 and parts[2] != "model"
+    return any(field == name or field.startswith(f"{name}.") for name in RESUMABLE)
+
+
+def load_config(folder: str | epath.Path, step: int | None = None) -> RunConfig:
+    """The config with which a run's checkpoint, the newest by default, was written."""
+    with Checkpoints(folder) as checkpoints:
+        return config_from_json(checkpoints.record(checkpoints.find(step))["config"])
+
+
+def config_from_json(tree: Mapping[str, Any]) -> RunConfig:
+    """The RunConfig whose `dataclasses.asdict` is `tree`; ValueError naming an unknown or missing field."""
+    return _build(RunConfig, tree, "config")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    if typing.get_origin(kind) is dict:
+        of = typing.get_args(kind)[1]
+        return {key: _build(of, sub, f"{where}.{key}") for key, sub in value.items()}
+    if typing.get_origin(kind) is types.UnionType:  # of a dataclass and None
+        return None if value is None else _build(typing.get_args(kind)[0], value, where)
+    if not dataclasses.is_dataclass(kind):
+        return value
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(set(value) - set(hints)):
+        raise ValueError(f"{where}.{unknown[0]} is no field of {kind.__name__}")  # pyright: ignore
+    if missing := sorted(set(hints) - set(value)):
+        raise ValueError(f"{where}.{missing[0]} is missing")
+    return kind(**{key: _build(hints[key], sub, f"{where}.{key}") for key, sub in value.items()})  # pyright: ignore
+
+
+# --- Weights alone, for inference, evaluation and export
+
+
+class Weights(NamedTuple):
+    """One learner's weights out of a run's checkpoint."""
+
+    config: RunConfig
+    learner: str
+    step: int
+    params: nnx.State  # fp32
+
+
+def restore_params(
+    folder: str | epath.Path, learner: str | None = None, step: int | None = None, mesh: Mesh | None = None
+) -> Weights:
+    """Weights of one learner (needed when there are several), newest checkpoint by default, without its optimizer.
+
+    They lie as in training on `mesh`, or all on the first device. ValueError or FileNotFoundError say what is missing.
+    """
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.find(step)
+        cfg = config_from_json(checkpoints.record(step)["config"])
+        if learner is None and len(cfg.learners) > 1:
+            raise ValueError(f"{folder} has several learners, name one of {', '.join(cfg.learners)}")
+        name = learner or next(iter(cfg.learners))
+        if name not in cfg.learners:
+            raise ValueError(f"{folder} has no learner {name!r}, only {', '.join(cfg.learners)}")
+        like = abstract_params(cfg, name, mesh)
+        return Weights(cfg, name, step, checkpoints.restore_tree(step, like, f"learners.{name}.params."))
+
+
+def abstract_params(cfg: RunConfig, learner: str, mesh: Mesh | None = None) -> nnx.State:
+    """Shapes, dtypes and shardings of a learner's weights on `mesh`, or on the first device."""
+    params = nnx.split(abstract(cfg.learners[learner].model))[1]
+    if mesh is None:
+        placed: Any = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), params)
+    else:
+        placed = shardings(mesh, execution(cfg.learners[learner]).specs(params))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed)

@@ -1,0 +1,324 @@
+"""A run from its first step to its last: where it lies, what it starts from, the steps, what is kept of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import partial
+from typing import Any
+
+import jax
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from data.batch import Batch
+from data.loader import Corpus
+from llama4_jax.config import ModelConfig, Rope
+from training.checkpoint import (
+    Checkpoints,
+    abstract_params,
+    check_resumable,
+    load_config,
+    restore_params,
+    run_record,
+)
+from training.config import RunConfig
+from training.evaluate import evaluate, make_eval_step
+from training.export import load_hf, read_config
+from training.mesh import BATCH_SPEC, check_fits, make_mesh
+from training.metrics import Console, Throughput, Writers, active_matmul_parameters, prefix, read, scalars
+from training.state import TrainState, abstract_state, create_state
+from training.step import make_train_step
+
+CONFIG = "config.json"
+
+
+def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = None) -> dict[str, Any]:
+    """Train until `cfg.train.steps`, going on from the newest checkpoint in `cfg.folder`; returns the closing summary.
+
+    The summary: folder, step, steps, complete, signal (that of SIGTERM or SIGINT which stopped the run after a last
+    checkpoint, else None) and metrics (the last record). Losses are bit-identical whether or not a run was
+    interrupted, on the same mesh. `log` takes the lines that otherwise go to the terminal.
+    """
+    # --- The folder: how far the run got, and whether this is the same run
+    _check_vocabulary(cfg, corpus)
+    _use_compilation_cache()
+    folder = epath.Path(cfg.folder)
+    record = run_record(cfg, corpus.tokenizer.hash)
+    newest, changes = _find_start(folder, record)
+    start, steps = newest or 0, cfg.train.steps
+    if start >= steps:
+        return _say(log, _summary(cfg, folder, start, None), f"{folder} is complete already: {start} steps of {steps}")
+
+    # --- The mesh, and the state on it
+    mesh = make_mesh(cfg.mesh)
+    check_fits(cfg, mesh)
+    with ExitStack() as stack:
+        console = stack.enter_context(closing(Console(cfg, start, log)))
+        state, position = _start(folder, newest, cfg, mesh)
+        for line in _describe(cfg, mesh, state, folder, newest, changes):
+            console.line(line)
+
+        # --- The data, and the compiled functions
+        chunk = next(iter(cfg.learners.values())).model.chunk
+        shape = (cfg.train.batch, cfg.train.seq_len, chunk)
+        stream = stack.enter_context(
+            closing(corpus.train(*shape, cfg.train.seed, jax.process_index(), jax.process_count()))
+        )
+        if position:
+            stream.set_state(position)
+        held_out = _HeldOut(cfg, mesh, corpus.domains, corpus.heldout(*shape, cfg.train.eval_batches))
+        train_step = make_train_step(cfg, mesh, len(corpus.domains))
+
+        # --- What is kept
+        writers = None
+        if jax.process_index() == 0:
+            write_config(folder, cfg)
+            corpus.tokenizer.save(folder)
+            writers = stack.enter_context(closing(Writers(folder, start)))
+        report = _Reporter(cfg, mesh, corpus.domains, console, writers)
+        checkpoints = stack.enter_context(Checkpoints(folder, cfg.train.checkpoint_keep))
+        stop = stack.enter_context(_Stop())
+
+        # --- The steps: the metrics of one are fetched while the next one runs
+        step = start
+        for step in range(start + 1, steps + 1):
+            asked = time.perf_counter()
+            batch = put_local(next(stream), mesh)
+            wait = time.perf_counter() - asked
+            state, metrics = train_step(state, batch)
+            report.finish()
+            report.begin(step, metrics, wait)
+            checkpoints.check()
+            stopping, last = stop.requested(step), step == steps
+            evaluating = last or (step % cfg.train.eval_every == 0 and not stopping)
+            if evaluating or stopping or step % cfg.train.checkpoint_every == 0:
+                report.finish(partial(held_out, state) if evaluating else dict)
+                if last or stopping or step % cfg.train.checkpoint_every == 0:
+                    checkpoints.save(step, state, stream.get_state(), record)
+                report.restart()
+            if stopping:
+                break
+    # Leaving the block has waited for the last checkpoint, and raised if it was not written.
+    summary = _summary(cfg, folder, step, stop.signal)
+    return _say(log, summary, _farewell(summary))
+
+
+# --- Before the first step
+
+
+def initial_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
+    """Fresh optimizers; weights fresh from the seed, or from where a learner's `init` says: hf:DIR or run:DIR."""
+    state = create_state(cfg, mesh)
+    for name, learner in cfg.learners.items():
+        if not learner.init:
+            continue
+        state.learners[name] = state.learners[name]._replace(params=nnx.State({}))  # freed before others are loaded
+        kind, _, source = learner.init.partition(":")
+        if kind == "hf":
+            _check_architecture(name, learner.init, learner.model, read_config(source))
+            like = abstract_params(cfg, name, mesh)
+            params = load_hf(source, shardings=jax.tree.map(lambda x: x.sharding, like))
+        elif kind == "run":
+            theirs = load_config(source).learners
+            same = name if name in theirs else None  # else it must be their only one
+            _check_architecture(name, learner.init, learner.model, theirs[same or next(iter(theirs))].model)
+            params = restore_params(source, same, mesh=mesh).params
+        else:
+            raise ValueError(f"{name}'s init must be empty, hf:DIR or run:DIR, not {learner.init!r}")
+        state.learners[name] = state.learners[name]._replace(params=params)
+    return state
+
+
+def write_config(folder: epath.Path, cfg: RunConfig) -> None:
+    """The resolved config, `dataclasses.asdict` as JSON, into the run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+
+
+def _check_architecture(name: str, init: str, ours: ModelConfig, theirs: ModelConfig) -> None:
+    for field in dataclasses.fields(ours):
+        have, want = (getattr(_what_matters(model), field.name) for model in (theirs, ours))
+        if have != want:
+            raise ValueError(f"{init} has {field.name} = {have}, but {name}'s model has {want}")
+
+
+def _what_matters(model: ModelConfig) -> ModelConfig:
+    """The config without what does not change a trained model's output."""
+    rope = model.rope if model.rope.factor != 1 else Rope(model.rope.theta)
+    return dataclasses.replace(model, rope=rope, init_std=0.0, max_position=0)
+
+
+def _check_vocabulary(cfg: RunConfig, corpus: Corpus) -> None:
+    for name, learner in cfg.learners.items():
+        if learner.model.vocab_size < corpus.tokenizer.vocab_size:
+            raise ValueError(
+                f"{name}'s model.vocab_size is {learner.model.vocab_size}, but the tokenizer has "
+                f"{corpus.tokenizer.vocab_size} tokens"
+            )
+
+
+def _use_compilation_cache() -> None:
+    """Compiled programs outlive the process, unless JAX_COMPILATION_CACHE_DIR names another place for them."""
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "llama4_jax", "xla"))
+
+
+def _find_start(folder: epath.Path, record: dict[str, Any]) -> tuple[int | None, list[str]]:
+    """Step of the newest checkpoint, and what changed in the config since; ValueError if that makes it another run."""
+    if not (folder / "checkpoints").exists():
+        return None, []
+    with Checkpoints(folder) as checkpoints:
+        newest = checkpoints.latest
+        return newest, [] if newest is None else check_resumable(checkpoints.record(newest), record, str(folder))
+
+
+def _start(folder: epath.Path, step: int | None, cfg: RunConfig, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
+    """The state to begin with, and the position in the data: empty for its beginning."""
+    if step is None:
+        return initial_state(cfg, mesh), {}
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.restore(step, abstract_state(cfg, mesh))
+
+
+def _describe(cfg: RunConfig, mesh: Mesh, state: TrainState, folder: epath.Path, newest: int | None,
+              changes: list[str]) -> Iterator[str]:  # fmt: skip
+    for name, learner in cfg.learners.items():
+        total = sum(x.size for x in jax.tree.leaves(state.learners[name].params))
+        active = active_matmul_parameters(learner.model)
+        yield f"{name}: {total:,} parameters, {active:,} of them multiplied with each token"
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+    yield f"mesh: {axes} ({mesh.devices.flat[0].device_kind}); {cfg.train.batch} rows of {cfg.train.seq_len} a step"
+    origin = f"going on after step {newest} in {folder}" if newest is not None else f"a new run in {folder}"
+    yield "; ".join([origin, *changes])
+
+
+# --- During the steps
+
+
+def put_local(batch: Batch, mesh: Mesh) -> Any:
+    """This process's rows of a global batch onto its devices of the mesh."""
+    place = NamedSharding(mesh, BATCH_SPEC)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
+
+
+class _HeldOut:
+    """Evaluates every learner that learns: {"eval/ce", "eval/ce/DOMAIN" ...}."""
+
+    def __init__(self, cfg: RunConfig, mesh: Mesh, domains: tuple[str, ...], batches: list[Batch]):
+        self.cfg, self.mesh, self.domains, self.batches = cfg, mesh, domains, batches
+        self.steps = {n: make_eval_step(x, mesh, len(domains)) for n, x in cfg.learners.items() if x.optimizer}
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        out = {}
+        for name, step in self.steps.items():
+            values = evaluate(step, state.learners[name].params, self.batches, self.mesh, self.domains)
+            out |= {f"{prefix(name, self.cfg)}eval/{key}": value for key, value in values.items()}
+        return out
+
+
+class _Reporter:
+    """Holds a step's metrics on the devices until the next step is under way, then fetches and writes them."""
+
+    def __init__(
+        self, cfg: RunConfig, mesh: Mesh, domains: tuple[str, ...], console: Console, writers: Writers | None
+    ):  # fmt: skip
+        self.cfg, self.domains, self.console, self.writers = cfg, domains, console, writers
+        self._throughput = Throughput(cfg, mesh)
+        self._pending: tuple[int, Any, float] | None = None
+        self._compiled = False
+
+    def begin(self, step: int, metrics: Any, wait: float) -> None:
+        """`step` was dispatched, after `wait` seconds for its batch."""
+        self._pending = step, metrics, wait
+
+    def finish(self, held_out: Callable[[], dict[str, float]] | None = None) -> None:
+        """Wait for the step begun last, if any; where it is due or `held_out` gives an evaluation, write its record."""
+        if self._pending is None:
+            return
+        (step, metrics, wait), self._pending = self._pending, None
+        values = jax.device_get(metrics)
+        if self._compiled:
+            self._throughput.add(float(next(iter(values.values()))["sums"].tokens), wait)
+        else:  # the first step's time was the compiler's
+            self._throughput.restart()
+            self._compiled = True
+        self.console.advance(step)
+        due = step == 1 or step == self.cfg.train.steps or step % self.cfg.train.log_every == 0
+        rates = self._throughput.report() if due or held_out else {}
+        evaluation = held_out() if held_out else {}
+        if self.writers and (due or evaluation):
+            record = {**scalars(values, self.cfg, self.domains), **rates, **evaluation}
+            self.writers.write(step, record)
+            self.console.report(step, record)
+        if self.writers and held_out:  # a checkpoint may follow: the file must have what came before it
+            self.writers.flush()
+
+    def restart(self) -> None:
+        """Leave out of the throughput what was done since the last step."""
+        self._throughput.restart()
+
+
+class _Stop:
+    """SIGTERM and SIGINT ask for a checkpoint and the end after the step under way; a second one ends at once.
+
+    With several processes JAX's own notifier sees SIGTERM, and all of them stop after the same step.
+    """
+
+    signal: int | None = None
+
+    def __enter__(self) -> _Stop:
+        self._before: dict[int, Any] = {}
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: Any) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        text = f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint; again to stop at once\n"
+        os.write(2, text.encode())  # print is not safe in a handler
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`; the same answer on every process."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+
+# --- After the last step
+
+
+def _summary(cfg: RunConfig, folder: epath.Path, step: int, stopped: int | None) -> dict[str, Any]:
+    records = read(folder)
+    return dict(folder=str(folder), step=step, steps=cfg.train.steps, complete=step >= cfg.train.steps,
+                signal=stopped and int(stopped), metrics=records[-1] if records else {})  # fmt: skip
+
+
+def _farewell(summary: dict[str, Any]) -> str:
+    if summary["complete"]:
+        return f"{summary['folder']} is complete: {summary['step']} steps"
+    name = signal.Signals(summary["signal"]).name
+    return (
+        f"{name}: stopped after step {summary['step']} of {summary['steps']}, checkpoint saved; "
+        f"the same command goes on from there in {summary['folder']}"
+    )
+
+
+def _say(log: Callable[[str], object] | None, summary: dict[str, Any], text: str) -> dict[str, Any]:
+    (log or print)(text)
+    return summary

@@ -1,0 +1,256 @@
+"""What a run reports: scalars of a step, model FLOPs and MFU, and the writers (JSONL, TensorBoard, the console)."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import numpy as np
+import tensorboardX
+from etils import epath
+from jax.sharding import Mesh
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llama4_jax.config import ModelConfig
+from training.config import Learner, RunConfig
+
+FILE = "metrics.jsonl"
+
+# --- Scalars of one step
+
+
+def scalars(metrics: Mapping[str, Any], cfg: RunConfig, domains: Sequence[str]) -> dict[str, Any]:
+    """A step's metrics (`training/step.py`, on the host) as a flat dict; in runs of several learners keys begin NAME/.
+
+    Means over the step's valid tokens, in nats: loss = h ce + s t^2 kl + c_b balance + c_z z (`objectives.py`), ce
+    and ce/DOMAIN of the domains that were seen, likewise kl for a student, with its weights `hard` and `soft`.
+    imbalance/LAYER: load of the busiest expert over the mean load (1: balanced); imbalance: of the worst layer.
+    expert_share: [MoE layers][E], a table that only the JSONL file gets.
+    """
+    out: dict[str, Any] = {}
+    for name, of in metrics.items():
+        out |= {prefix(name, cfg) + key: x for key, x in _learner_scalars(of, cfg.learners[name], domains).items()}
+    return out
+
+
+def prefix(learner: str, cfg: RunConfig) -> str:
+    """What a learner's metrics begin with: nothing where it is alone."""
+    return f"{learner}/" if len(cfg.learners) > 1 else ""
+
+
+def _learner_scalars(metrics: Mapping[str, Any], learner: Learner, domains: Sequence[str]) -> dict[str, Any]:
+    sums = metrics["sums"]
+    tokens = max(float(sums.tokens), 1.0)
+    out = domain_means("ce", sums.domain_ce, sums.domain_tokens, domains)
+    loss = float(metrics["hard"]) * out["ce"]
+    if learner.distillation.teacher:
+        out |= domain_means("kl", sums.domain_kl, sums.domain_tokens, domains)
+        out |= {"hard": float(metrics["hard"]), "soft": float(metrics["soft"])}
+        loss += out["soft"] * learner.distillation.temperature**2 * out["kl"]
+    balance, z = float(sums.balance) / tokens, float(sums.z) / tokens
+    loss += learner.router_balance * balance + learner.router_z * z
+    out = {"loss": loss, **out, "balance": balance, "z": z, "grad_norm": float(metrics["grad_norm"]),
+           "learning_rate": float(metrics["learning_rate"]), "tokens": float(sums.tokens)}  # fmt: skip
+    if learner.model.num_moe_layers:
+        load = np.asarray(sums.load, np.float64)
+        share = load / np.maximum(load.sum(axis=1, keepdims=True), 1)
+        worst = share.max(axis=1) * share.shape[1]
+        layers = [i for i in range(learner.model.num_layers) if learner.model.pattern[i % learner.model.period].moe]
+        out["imbalance"] = float(worst.max())
+        out |= {f"imbalance/{i}": float(w) for i, w in zip(layers, worst, strict=True)}
+        out["expert_share"] = share.round(4).tolist()
+    return out
+
+
+def domain_means(name: str, sums: Any, tokens: Any, domains: Sequence[str]) -> dict[str, float]:
+    """{NAME, NAME/DOMAIN ...}: means per token of sums by domain."""
+    total, count = np.asarray(sums, np.float64), np.asarray(tokens, np.float64)
+    by_domain = {f"{name}/{d}": float(t / n) for d, t, n in zip(domains, total, count, strict=True) if n > 0}
+    return {name: float(total.sum() / max(count.sum(), 1.0)), **by_domain}
+
+
+# --- Model FLOPs
+
+
+def active_matmul_parameters(model: ModelConfig) -> int:
+    """Weights that a token is multiplied with: everything but the embedding table, norms and experts not visited."""
+    D, N, K, H = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim
+    attention = 2 * D * N * H + 2 * D * K * H
+    moe = 3 * D * model.expert_dim * (1 + model.experts_per_token) + D * model.num_experts
+    dense = 3 * D * model.dense_dim
+    moe_layers = model.num_moe_layers
+    dense_layers = model.num_layers - moe_layers
+    return model.num_layers * attention + moe_layers * moe + dense_layers * dense + D * model.vocab_size
+
+
+def flops_per_token(model: ModelConfig, seq_len: int) -> int:
+    """Model FLOPs of training on one token of a row of `seq_len`, forward and backward, nothing recomputed.
+
+    6 x active matmul parameters, and for scores and values of each layer 12 N H S / 2 with S = seq_len in global
+    layers and min(chunk, seq_len) in local ones, halved as a causal query sees half of the keys on average (PaLM,
+    arXiv 2204.02311, appendix B, with causality counted). Packed documents see less: for them it is an upper bound.
+    """
+    seen = sum(min(model.chunk, seq_len) if kind.local else seq_len for kind in model.pattern) * model.num_blocks
+    return 6 * active_matmul_parameters(model) + 6 * model.num_heads * model.head_dim * seen
+
+
+def step_flops_per_token(cfg: RunConfig) -> int:
+    """Model FLOPs a token of a step of all learners.
+
+    A frozen teacher runs forward only (a third) and stops before its unembedding, which its students multiply with.
+    """
+    total = 0
+    for learner in cfg.learners.values():
+        whole = flops_per_token(learner.model, cfg.train.seq_len)
+        head = 6 * learner.model.embed_dim * learner.model.vocab_size
+        total += whole if learner.optimizer else (whole - head) // 3
+        if teacher := cfg.learners.get(learner.distillation.teacher):
+            total += 2 * teacher.model.embed_dim * teacher.model.vocab_size
+    return total
+
+
+PEAK_TFLOPS = {
+    "TPU v5 lite": 197.0, "TPU v5e": 197.0, "TPU v5p": 459.0, "TPU v5": 459.0, "TPU v6 lite": 918.0, "TPU v6e": 918.0,
+    "TPU7x": 2307 / 2,  # a chip is two devices
+    "NVIDIA H100 PCIe": 756.0, "NVIDIA H100 NVL": 835.0, "NVIDIA H100": 989.0, "NVIDIA H200": 989.0,
+    "NVIDIA A100": 312.0,
+}  # fmt: skip
+"""Dense bf16 peak of one JAX device, by the beginning of its kind; vendors' data sheets."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of one device, or None where the kind is not in the table (a CPU)."""
+    kinds = [kind for kind in PEAK_TFLOPS if device_kind.startswith(kind)]
+    return PEAK_TFLOPS[max(kinds, key=len)] * 1e12 if kinds else None
+
+
+class Throughput:
+    """Tokens, time and waiting since the last report; compilation, evaluation and saving are not counted."""
+
+    def __init__(self, cfg: RunConfig, mesh: Mesh):
+        self.flops = step_flops_per_token(cfg)
+        self.devices = mesh.devices.size
+        self.peak = peak_flops(mesh.devices.flat[0].device_kind)
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self._since, self._steps, self._tokens, self._wait = time.perf_counter(), 0, 0.0, 0.0
+
+    def add(self, tokens: float, wait: float) -> None:
+        """A step is done: its valid tokens, and the seconds it waited for its batch."""
+        self._steps, self._tokens, self._wait = self._steps + 1, self._tokens + tokens, self._wait + wait
+
+    def report(self) -> dict[str, float]:
+        """tokens_per_second, seconds_per_step, data_wait (share of the time), tflops a device and, if its peak is
+        known, mfu = achieved model FLOPs over the peak; empty before the first step. Counts anew."""
+        seconds, steps, tokens, wait = time.perf_counter() - self._since, self._steps, self._tokens, self._wait
+        self.restart()
+        if not steps:
+            return {}
+        rate = tokens / seconds
+        flops = rate * self.flops / self.devices
+        out = {"tokens_per_second": rate, "seconds_per_step": seconds / steps, "data_wait": wait / seconds}
+        return out | {"tflops": flops / 1e12} | ({"mfu": flops / self.peak} if self.peak else {})
+
+
+# --- Writers
+
+
+class Writers:
+    """A run's records, to `metrics.jsonl` and TensorBoard in its folder; of all processes the first one writes.
+
+    One line a step. On resume the lines after the restored step are dropped, so that the file tells one story. Where
+    files cannot be appended to (gs://, s3://), the file is written anew at every `flush`.
+    """
+
+    def __init__(self, folder: epath.Path, start: int):
+        self._file, self._stream = folder / FILE, None
+        self._lines = [json.dumps(record) for record in read(folder) if record["step"] <= start]
+        self.flush()
+        self._stream = None if "://" in str(folder) else self._file.open("a")
+        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
+        """Add a line; its scalars go to TensorBoard, too."""
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **record})
+        if self._stream:
+            print(line, file=self._stream, flush=True)
+        else:
+            self._lines.append(line)
+        for name, value in record.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """What was written so far is in the folder afterwards; to be called before each checkpoint."""
+        if self._stream is None:
+            self._file.write_text("".join(line + "\n" for line in self._lines))
+
+    def close(self) -> None:
+        self.flush()
+        if self._stream:
+            self._stream.close()
+        self._board.close()
+
+
+def read(folder: epath.Path) -> list[dict[str, Any]]:
+    """The records of a run, in order; a last line that was cut off is left out. Empty where there are none."""
+    file = folder / FILE
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Console:
+    """What a person sees of a run: a progress bar on a terminal, else a line for every report."""
+
+    def __init__(self, cfg: RunConfig, start: int, log: Callable[[str], object] | None = None):
+        """`log` takes lines in place of the terminal."""
+        self.cfg, self._log, self._progress = cfg, log or partial(print, flush=True), None
+        if log is None and sys.stdout.isatty():
+            columns = (TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, TextColumn("{task.description}"))
+            self._task = self._progress.add_task("", total=cfg.train.steps, completed=start)
+            self._progress.start()
+            self._log = partial(self._progress.console.print, markup=False, highlight=False)
+
+    def line(self, text: str) -> None:
+        self._log(text)
+
+    def advance(self, step: int) -> None:
+        """A step is done."""
+        if self._progress:
+            self._progress.update(self._task, completed=step)
+
+    def report(self, step: int, record: Mapping[str, Any]) -> None:
+        """A record that was written: training metrics to the bar or a line, an evaluation always to a line."""
+        text = describe(record, self.cfg)
+        if self._progress:
+            self._progress.update(self._task, description=text)
+        else:
+            left = (self.cfg.train.steps - step) * record.get("seconds_per_step", math.nan)
+            eta = "" if math.isnan(left) else f"  {timedelta(seconds=round(left))} left"
+            self._log(f"step {step}/{self.cfg.train.steps}  {text}{eta}")
+        if held_out := {name: value for name, value in record.items() if "eval/" in name}:
+            parts = "  ".join(f"{name.replace('eval/', '')} {value:.4f}" for name, value in held_out.items())
+            self._log(f"step {step}/{self.cfg.train.steps}  held out: {parts}")
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+
+
+def describe(record: Mapping[str, Any], cfg: RunConfig) -> str:
+    """The few numbers of a record that fit in a line."""
+    losses = [(f"{prefix(name, cfg)}loss", record.get(f"{prefix(name, cfg)}loss")) for name in cfg.learners]
+    parts = [f"{name} {loss:.4f}" for name, loss in losses if loss is not None]
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"MFU {record['mfu']:.1%}" if "mfu" in record else f"{record['tflops']:.3g} TFLOP/s a device")
+    return "  ".join(parts)

@@ -1,0 +1,499 @@
+"""A run, or several side by side, as one HTML file: what was learned, how it went, what was made.
+
+The file needs nothing but itself: figures are drawn into it, no script, no font, no address. What a run does not have
+is left out with a line that says so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import html
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from llama4_jax.config import ModelConfig, Rope
+from training import figures
+from training.figures import Line
+from training.metrics import FILE, read
+from training.page import STYLE, card, figure_card, note, page, section, table
+
+SHARED = ("tokens_per_second", "seconds_per_step", "data_wait", "tflops", "mfu")
+"""Keys of a record that belong to the run, not to one of its learners."""
+SHOWN_SAMPLES, SHOWN_CHARACTERS = 24, 2000
+ALL = "all"  # the row of a mean over every domain
+
+
+# --- What a run left
+
+
+class Run:
+    """A run's records, and its configuration, samples and artifacts where they are there."""
+
+    def __init__(self, folder: str | epath.Path, name: str = ""):
+        """ValueError where the folder has no records, naming the nearest that has."""
+        self.folder = epath.Path(folder)
+        if not (self.folder / FILE).exists():
+            raise ValueError(f"no {FILE} in {folder}{_nearest(self.folder)}")
+        self.name = name or self.folder.name or str(folder)
+        try:
+            records = read(self.folder)
+        except ValueError as error:
+            raise ValueError(f"{self.folder / FILE} is not JSON, one record a line: {error}") from error
+        self.records = [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int)]
+        self.config = self._json("config.json", dict) or {}
+        self.samples = self._json("samples.json", list)
+        self.artifacts = self._json("artifacts.json", list)
+
+    def _json(self, name: str, kind: type) -> Any:
+        """What is in a file beside the records, None where it is missing or something else."""
+        file = self.folder / name
+        try:
+            value = json.loads(file.read_text()) if file.exists() else None
+        except ValueError:
+            return None
+        return value if isinstance(value, kind) else None
+
+    @cached_property
+    def learners(self) -> dict[str, dict[str, Any]]:
+        """Their configurations by name; without a configuration, the names that the records' keys tell."""
+        if known := self.config.get("learners"):
+            return known
+        names = {key.removesuffix("/loss"): {} for r in self.records for key in r if key.endswith("/loss")}
+        return names or {"model": {}}
+
+    @property
+    def step(self) -> int:
+        """The last one with a record."""
+        return self.records[-1]["step"] if self.records else 0
+
+    def train(self, field: str) -> Any:
+        return self.config.get("train", {}).get(field)
+
+    def key(self, learner: str, key: str) -> str:
+        """As in the records: a learner that is alone has no prefix."""
+        return f"{learner}/{key}" if len(self.learners) > 1 and key not in SHARED else key
+
+    def series(self, learner: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of the records that have the key; NaN for what is no number."""
+        name = self.key(learner, key)
+        pairs = [(r["step"], _number(r[name])) for r in self.records if name in r]
+        steps, values = zip(*pairs, strict=True) if pairs else ((), ())
+        return np.array(steps, float), np.array(values, float)
+
+    def last(self, learner: str, key: str) -> float:
+        """The last value, NaN where there is none."""
+        values = self.series(learner, key)[1]
+        return float(values[-1]) if len(values) else math.nan
+
+    def domains(self, learner: str) -> list[str]:
+        start = self.key(learner, "eval/ce/")
+        return list(dict.fromkeys(key.removeprefix(start) for r in self.records for key in r if key.startswith(start)))
+
+    def teacher(self, learner: str) -> str:
+        return (self.learners[learner].get("distillation") or {}).get("teacher") or ""
+
+    def role(self, learner: str) -> str:
+        cfg, teacher = self.learners[learner], self.teacher(learner)
+        if "optimizer" in cfg and cfg["optimizer"] is None:
+            return "frozen teacher"
+        teaches = any(self.teacher(other) == learner for other in self.learners)
+        return (
+            ", ".join(filter(None, [teacher and f"student of {teacher}", teaches and "teacher"])) or "on labels alone"
+        )
+
+
+class Entry(NamedTuple):
+    """One learner of one run, with the place in the order of all that gives it its colour."""
+
+    run: Run
+    learner: str
+    label: str
+    index: int
+
+    def line(self, key: str) -> Line:
+        return Line(self.label, self.index, *self.run.series(self.learner, key))
+
+
+def load(folders: Sequence[str]) -> list[Run]:
+    """Runs named by their folders, by whole paths where two folders have the same name."""
+    names = [Path(folder).name for folder in folders]
+    return [Run(f, n if names.count(n) == 1 else str(f)) for f, n in zip(folders, names, strict=True)]
+
+
+def entries(runs: Sequence[Run]) -> list[Entry]:
+    found = [(run, learner) for run in runs for learner in run.learners]
+    labels = [learner if len(runs) == 1 else f"{run.name} · {learner}" for run, learner in found]
+    return [Entry(run, learner, labels[i], i) for i, (run, learner) in enumerate(found)]
+
+
+def _nearest(folder: epath.Path) -> str:
+    """The run folder within, beside, or above what was named whose path is most alike."""
+    around = [folder, folder.parent, *folder.parents[:2], epath.Path("runs")]
+    near: dict[str, None] = {}
+    for place in around:
+        if place.is_dir():
+            near |= {str(f): None for f in (place, *sorted(place.iterdir())) if (f / FILE).exists()}
+    best = difflib.get_close_matches(str(folder), near, n=1, cutoff=0)
+    return f"; the nearest run is {best[0]}" if best else "; `llama4 train` makes such a folder"
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+# --- The report
+
+
+def write(folders: Sequence[str], out: str = "") -> epath.Path:
+    """Write the report of these runs to `out` (default: report.html in the first one's folder); returns its path."""
+    runs = load(folders)
+    file = epath.Path(out) if out else runs[0].folder / "report.html"
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"no folder {file.parent} to write {file.name} into")
+    file.write_text(build(runs))
+    return file
+
+
+def build(runs: Sequence[Run]) -> str:
+    """The report as HTML."""
+    all_of_them = entries(runs)
+    title = " and ".join([", ".join(run.name for run in runs[:-1]), runs[-1].name]) if len(runs) > 1 else runs[0].name
+    parts = [_held_out, _training, _distillation, _experts, _optimisation, _throughput, _samples, _models, _made]
+    return page(title, _summary(all_of_them), [part(all_of_them) for part in parts])
+
+
+def figure(runs: Sequence[Run]) -> bytes:
+    """One PNG for a README: the loss of teacher and students over the steps, and on held-out documents."""
+    found = entries(runs)
+    lines, ylabel = _losses(found)
+    if not lines:
+        raise ValueError(f"no losses to draw in {', '.join(str(run.folder) for run in runs)}")
+    judged, values = _final(found)
+    return figures.overview(lines, ylabel, values, [e.label for e in judged], [e.index for e in judged])
+
+
+def _summary(found: Sequence[Entry]) -> list[str]:
+    """Sentences with the numbers that matter."""
+    runs = list(dict.fromkeys(e.run for e in found))
+    out = []
+    for run in runs:
+        trained = [name for name in run.learners if run.role(name) != "frozen teacher"]
+        teachers = [t for t in dict.fromkeys(run.teacher(name) for name in trained) if t]
+        taught = f" under the teaching of {_listed(teachers)}" if teachers else ""
+        of = f" of {run.train('steps'):,}" if run.train("steps") else ""
+        tokens = _tokens(run)
+        read_ = f", about {_short(tokens)} tokens each," if math.isfinite(tokens) else ""
+        out.append(f"{run.name} trained {_listed(trained)}{taught} for {run.step:,}{of} steps{read_}{_on(run)}.")
+        ends = {name: run.last(name, "eval/ce") for name in run.learners}
+        if parts := [f"{name} {loss:.3f}" for name, loss in ends.items() if math.isfinite(loss)]:
+            out.append(f"Loss on held-out documents, in nats a token: {_listed(parts)}.")
+    for e in found:
+        first = _reference(e, found)
+        ours, theirs = e.run.last(e.learner, "eval/ce"), first.run.last(first.learner, "eval/ce") if first else math.nan
+        if first and math.isfinite(ours - theirs):
+            how = "below" if ours < theirs else "above"
+            out.append(f"{e.label} ends {abs(ours - theirs):.3f} nats {how} {first.label}.")
+    return out
+
+
+def _reference(entry: Entry, found: Sequence[Entry]) -> Entry | None:
+    """The learner of the first run that this one is compared with: of the same name."""
+    if entry.run is found[0].run:
+        return None
+    return next((e for e in found if e.run is found[0].run and e.learner == entry.learner), None)
+
+
+def _tokens(run: Run) -> float:
+    """Valid tokens that each learner saw: the mean over the recorded steps, times the steps."""
+    seen = [values for name in run.learners for values in [run.series(name, "tokens")[1]] if np.isfinite(values).any()]
+    return float(np.nanmean(seen[0])) * run.step if seen else math.nan
+
+
+def _on(run: Run) -> str:
+    mesh = run.config.get("mesh")
+    return f" on {_mesh(mesh)}" if mesh else ""
+
+
+def _mesh(sizes: Mapping[str, int]) -> str:
+    parts = [f"{name} over all other devices" if n == -1 else f"{name} {n}" for name, n in sizes.items() if n != 1]
+    return f"a mesh of {' × '.join(parts)}" if parts else "one device"
+
+
+# --- Sections: each takes the learners of all runs and returns HTML
+
+
+def _held_out(found: Sequence[Entry]) -> str:
+    judged, final = _final(found)
+    if not judged:
+        return section("Held-out loss", note("No evaluation on held-out documents is recorded."))
+    rows = []
+    for i, e in enumerate(judged):
+        first = _reference(e, found)
+        place = judged.index(first) if first in judged else None
+        cells = [_difference(v[i], None if place is None else v[place]) for v in final.values()]
+        rows.append([_named(e), *cells])
+    body = card(table(["learner", *map(html.escape, final)], rows), wide=True)
+    lead = "Cross-entropy on documents that no learner trained on, in nats a token; lower is better."
+    if any(_reference(e, found) for e in judged):
+        lead += " Differences are to the learner of the same name in the first run; of one run each, they leave out "
+        lead += "the spread over seeds."
+    silent = [e.label for e in found if e not in judged]
+    if silent:
+        lead += f" Without an evaluation: {_listed(silent)}."
+    if len({json.dumps(_vocabulary(e.run)) for e in judged}) > 1:
+        lead += " The runs' tokenizers or documents differ, so that their nats a token do not compare."
+    labels, indices = [e.label for e in judged], [e.index for e in judged]
+    charts = figure_card(figures.dots(final, labels, indices, "nats a token"), "At the end, by domain.")
+    names = {ALL: "eval/ce", **{name: f"eval/ce/{name}" for name in final if name != ALL}}
+    groups = {name: _lines(judged, key) for name, key in names.items()}
+    if max(len(line.x) for lines in groups.values() for line in lines) > 1:
+        drawn = figures.panels({n: lines for n, lines in groups.items() if lines}, "nats a token")
+        charts += figure_card(drawn, "Over the steps.")
+    return section("Held-out loss", f"{note(lead)}{body}{charts}")
+
+
+def _final(found: Sequence[Entry]) -> tuple[list[Entry], dict[str, list[float]]]:
+    """Learners with an evaluation, and their last losses by domain, the mean over all first."""
+    judged = [e for e in found if math.isfinite(e.run.last(e.learner, "eval/ce"))]
+    domains = dict.fromkeys(domain for e in judged for domain in e.run.domains(e.learner))
+    keys = {ALL: "eval/ce"} | {domain: f"eval/ce/{domain}" for domain in domains}
+    return judged, {n: [e.run.last(e.learner, k) for e in judged] for n, k in keys.items()} if judged else {}
+
+
+def _vocabulary(run: Run) -> Any:
+    data = run.config.get("data", {})
+    return [data.get(field) for field in ("tokenizer", "vocab_size", "jsonl", "heldout")]
+
+
+def _losses(found: Sequence[Entry]) -> tuple[list[Line], str]:
+    """Curves on the training documents: cross-entropy, which compares, else the loss that is minimised."""
+    for key, name in (("ce", "cross-entropy, nats a token"), ("loss", "loss")):
+        if lines := _lines(found, key):
+            return lines, name
+    return [], ""
+
+
+def _training(found: Sequence[Entry]) -> str:
+    lines, ylabel = _losses(found)
+    if not lines:
+        return section("Training loss", note("No losses are recorded."))
+    lead = "On the documents of each step, smoothed over the faint values as recorded."
+    frozen = [e.label for e in found if e.run.role(e.learner) == "frozen teacher"]
+    lead += f" Frozen, so without a curve: {_listed(frozen)}." if frozen else ""
+    charts = figure_card(figures.curves(lines, ylabel, smooth=True), f"Training: {ylabel}.")
+    minimised = _lines([e for e in found if e.run.teacher(e.learner)], "loss")
+    if minimised and ylabel != "loss":
+        caption = "What the students minimise: labels, soft targets and router terms."
+        charts += figure_card(figures.curves(minimised, "loss", smooth=True), caption)
+    broken = []
+    for e in found:
+        steps, values = e.run.series(e.learner, "loss")
+        if len(bad := steps[~np.isfinite(values)]):
+            broken.append(f"{e.label}: {len(bad)} recorded losses are not finite, the first at step {bad[0]:,.0f}.")
+    return section("Training loss", note(" ".join([lead, *broken])) + charts)
+
+
+def _distillation(found: Sequence[Entry]) -> str:
+    students = [e for e in found if e.run.teacher(e.learner)]
+    if not students:
+        return section("Distillation", note("No learner has a teacher."))
+    weights = []
+    for e in students:
+        start = f"{e.label}: " if len(students) > 1 else ""
+        pair = (
+            e.line("soft")._replace(label=f"{start}soft"),
+            e.line("hard")._replace(label=f"{start}hard", dashed=True),
+        )
+        weights += [line for line in pair if np.isfinite(line.y).any()]
+    if weights:
+        caption = "Weights in the loss: of the soft targets, solid, and of the labels, dashed."
+        charts = figure_card(figures.curves(weights, "weight"), caption)
+    else:
+        charts = note("The weights of labels and soft targets are not recorded.")
+    if divergence := _lines(students, "kl"):
+        drawn = figures.curves(divergence, "KL, nats a token", smooth=True)
+        charts += figure_card(drawn, "KL(teacher ‖ student) on the training documents.")
+    else:
+        charts += note("The divergence from the teacher is not recorded.")
+    rows = []
+    for e in students:
+        cfg = e.run.learners[e.learner]["distillation"]
+        rows.append([_named(e), *(html.escape(str(cfg.get(x, "–"))) for x in ("teacher", "weighting", "soft",
+                                                                             "temperature"))])  # fmt: skip
+    body = card(table(["student", "teacher", "weighting", "peak soft weight", "temperature"], rows), wide=True)
+    return section("Distillation", body + charts)
+
+
+def _experts(found: Sequence[Entry]) -> str:
+    charts = ""
+    for e in found:
+        share = e.run.key(e.learner, "expert_share")
+        record = next((r for r in reversed(e.run.records) if r.get(share)), None)
+        if record is None:
+            continue
+        try:
+            loads = np.array(record[share], float)
+        except (TypeError, ValueError):
+            loads = np.zeros(0)
+        if loads.ndim != 2 or not loads.size:
+            continue
+        start = e.run.key(e.learner, "imbalance/")
+        layers = sorted(int(rest) for key in record if (rest := key.removeprefix(start)) != key and rest.isdigit())
+        layers = layers if len(layers) == len(loads) else list(range(len(loads)))
+        caption = f"{e.label}, step {record['step']:,}: load of each expert, 1 being an even share."
+        charts += figure_card(figures.heat(loads, layers), caption)
+    if not charts:
+        return section("Expert load", note("No loads of experts are recorded."))
+    if worst := _lines(found, "imbalance"):
+        caption = "Busiest expert of the least balanced layer, as a multiple of the even share."
+        charts += figure_card(figures.curves(worst, "imbalance", smooth=True), caption)
+    return section("Expert load", charts)
+
+
+def _optimisation(found: Sequence[Entry]) -> str:
+    return _charts("Optimisation", found, {
+        "learning_rate": ("learning rate", "Learning rate.", {}),
+        "grad_norm": ("gradient norm", "Global gradient norm before clipping.", {"smooth": True, "log": True}),
+    })  # fmt: skip
+
+
+def _throughput(found: Sequence[Entry]) -> str:
+    runs = list(dict.fromkeys(e.run for e in found))
+    first = {e.run: e for e in reversed(found)}
+    of_runs = [first[run]._replace(label=run.name) for run in runs]
+    return _charts("Throughput", of_runs, {
+        "tokens_per_second": ("tokens a second", "Tokens a second, over all devices.", {"smooth": True}),
+        "data_wait": ("share of the time", "Share of the time spent waiting for data.", {"smooth": True}),
+        "mfu": ("MFU", "Model FLOPs over the devices' peak.", {"smooth": True}),
+    }, optional=("mfu",))  # fmt: skip
+
+
+def _charts(title: str, found: Sequence[Entry], wanted: Mapping[str, tuple[str, str, dict[str, bool]]],
+            optional: Iterable[str] = ()) -> str:  # fmt: skip
+    body = ""
+    for key, (ylabel, caption, how) in wanted.items():
+        if lines := _lines(found, key):
+            body += figure_card(figures.curves(lines, ylabel, **how), caption)
+        elif key not in optional:
+            body += note(f"Not recorded: {ylabel}.")
+    return section(title, body)
+
+
+def _samples(found: Sequence[Entry]) -> str:
+    runs = list(dict.fromkeys(e.run for e in found))
+    body = ""
+    for run in runs:
+        samples = [s for s in run.samples or [] if isinstance(s, dict)]
+        for sample in samples[:SHOWN_SAMPLES]:
+            prompt, text = str(sample.get("prompt") or ""), str(sample.get("text") or "")
+            text = text.removeprefix(prompt)
+            text = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"
+            who = " · ".join(filter(None, [run.name if len(runs) > 1 else "", str(sample.get("learner") or "")]))
+            body += card(f'<p class="who">{html.escape(who)}</p><p class="sample"><b>{html.escape(prompt)}</b>'
+                         f"{html.escape(text)}</p>")  # fmt: skip
+        if len(samples) > SHOWN_SAMPLES:
+            body += note(f"{run.name} has {len(samples) - SHOWN_SAMPLES} more in samples.json.")
+    return section("Samples", note("Prompts in bold.") + body if body else note("No samples were kept."))
+
+
+def _models(found: Sequence[Entry]) -> str:
+    rows = []
+    for e in found:
+        cfg = e.run.learners[e.learner]
+        model, counts = cfg.get("model") or {}, _parameters(cfg.get("model"))
+        experts = f"{model.get('experts_per_token', '–')} of {model.get('num_experts', '–')}" if model else "–"
+        rows.append([_named(e), html.escape(e.run.role(e.learner)), *(_short(n) if n else "–" for n in counts),
+                     *(html.escape(str(x)) for x in (model.get("num_layers", "–"), model.get("embed_dim", "–"), experts,
+                                                     cfg.get("init") or "random"))])  # fmt: skip
+    heads = ["learner", "role", "parameters", "active", "layers", "width", "experts", "weights from"]
+    runs = list(dict.fromkeys(e.run for e in found))
+    facts = {"folder": lambda run: run.folder, "preset": lambda run: run.config.get("name"),
+             "steps": lambda run: f"{run.step:,}" + (f" of {run.train('steps'):,}" if run.train("steps") else ""),
+             "tokens a learner": lambda run: f"about {_short(_tokens(run))}" if _tokens(run) > 0 else None,
+             "batch": lambda run: f"{run.train('batch')} × {run.train('seq_len')}" if run.train("batch") else None,
+             "mesh": lambda run: _mesh(run.config["mesh"]) if run.config.get("mesh") else None,
+             "seed": lambda run: run.train("seed"), "documents": _documents}  # fmt: skip
+    table_of_runs = table(["run", *(html.escape(run.name) for run in runs)],
+                          [[name, *(html.escape(_text(of(run))) for run in runs)] for name, of in facts.items()])  # fmt: skip
+    missing = [run.name for run in runs if not run.config]
+    lead = note(f"No config.json that could be read: {_listed(missing)}.") if missing else ""
+    return section("Models and runs", lead + card(table(heads, rows), wide=True) + card(table_of_runs, wide=True))
+
+
+def _documents(run: Run) -> str | None:
+    data = run.config.get("data")
+    if not data:
+        return None
+    weights = ", ".join(f"{name} {_text(w)}" for name, w in (data.get("weights") or {}).items())
+    return (data.get("jsonl") or "the embedded corpora") + (f" ({weights})" if weights else "")
+
+
+def _parameters(model: Mapping[str, Any] | None) -> tuple[int, int]:
+    """(total, active) weights of an architecture, counted in the tree; active: all but the experts not visited."""
+    from flax import nnx
+
+    from llama4_jax.text import abstract
+
+    try:
+        cfg = ModelConfig(**{**(model or {}), "rope": Rope(**(model or {})["rope"])})
+    except (KeyError, TypeError, ValueError):
+        return 0, 0
+    sizes = [(path, math.prod(weight.get_value().shape))
+             for path, weight in nnx.to_flat_state(nnx.state(abstract(cfg), nnx.Param))]  # fmt: skip
+    total, routed = sum(n for _, n in sizes), sum(n for path, n in sizes if "experts" in path)
+    return total, total - routed // cfg.num_experts * (cfg.num_experts - cfg.experts_per_token)
+
+
+def _made(found: Sequence[Entry]) -> str:
+    runs = list(dict.fromkeys(e.run for e in found))
+    rows = [[*([html.escape(run.name)] if len(runs) > 1 else []),
+             *(html.escape(_text(made.get(field))) for field in ("what", "from", "where", "note"))]
+            for run in runs for made in run.artifacts or [] if isinstance(made, dict)]  # fmt: skip
+    if not rows:
+        return section("What was made", note("No list of artifacts was kept."))
+    heads = [*(["run"] if len(runs) > 1 else []), "what", "from", "where", "note"]
+    return section("What was made", card(table(heads, rows, text=True), wide=True))
+
+
+# --- Words and numbers
+
+
+def _lines(found: Iterable[Entry], key: str) -> list[Line]:
+    return [line for e in found if np.isfinite((line := e.line(key)).y).any()]
+
+
+def _named(entry: Entry) -> str:
+    swatch = f'<span class="swatch" style="background:{figures.color(entry.index)}"></span>'
+    return swatch + html.escape(entry.label)
+
+
+def _difference(value: float, first: float | None) -> str:
+    if not math.isfinite(value):
+        return "–"
+    if first is None or not math.isfinite(first):
+        return f"{value:.3f}"
+    change = value - first
+    kind = "better" if change < -5e-4 else "worse" if change > 5e-4 else "same"
+    return f'{value:.3f} <span class="{kind}">{change:+.3f}</span>'.replace("-", "−")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def _short(n: float) -> str:
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.0f}"
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None or value == "" else str(value)
