@@ -30,6 +30,7 @@ COMMANDS = {
     "import": ("launch.import_", "turn a Hugging Face folder into a run's checkpoint"),
     "verify": ("launch.verify", "compare a Hugging Face folder's logits with those of transformers"),
     "inspect": ("launch.inspect", "show a model's layers and count its parameters"),
+    "report": ("launch.report", "write a page about a run, or about several side by side"),
     "data": ("launch.data", "show what a run would read"),
     "tokenizer": ("launch.tokenizer", "train a tokenizer, encode and decode with one"),
 }

@@ -37,7 +37,7 @@ from data.batch import DTYPES, Batch
 from llama4_jax import moe
 from llama4_jax.attention import Attention
 from llama4_jax.axes import BATCH_AXES, CONTEXT, MESH_AXES, TENSOR, TOKEN_AXES, Execution, map_params
-from llama4_jax.config import scout, tiny_scout
+from llama4_jax.config import ModelConfig, scout, tiny_scout
 from llama4_jax.kernels.attention import reference
 from llama4_jax.kernels.vocab_loss.api import CHUNK
 from llama4_jax.layers import SwiGLU
@@ -312,18 +312,21 @@ def compile_and_report(form: str, learner: Learner, mesh: Mesh, rows: int, seq_l
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     print(f"{form}, {shape}: trace {traced:.1f} s, with compile {wall:.1f} s ({cpu:.1f} CPU seconds); "
           f"GiB a device: arguments {arguments:.3f}, temporaries {temporary:.3f}")  # fmt: skip
-    for (kind, what), value in sorted(collectives(compiled.as_text()).items()):
-        if what == "calls":
-            print(f"    {kind}: {value} calls, ", end="")
-        else:
-            print(f"{value / 2**20:.2f} MiB" if value < 2**30 else f"{value / 2**30:.2f} GiB")
+    done = collectives(compiled.as_text())
+    for kind in sorted({kind for kind, _ in done}):
+        print(f"    {kind}: {done[kind, 'calls']} calls, {done[kind, 'bytes'] / 2**20:.2f} MiB")
     return compiled
 
 
-def on_cpu(layers: int) -> None:
+def four_layers(cfg: ModelConfig) -> ModelConfig:
+    """Two blocks of a local and a global layer: with one block the loop, and with it the recomputation, is removed."""
+    return replace(cfg, num_layers=4, nope_every=2)
+
+
+def on_cpu() -> None:
     """Both forms of a tiny Scout in fp32: the same loss and gradients, and their costs."""
     jax.config.update("jax_num_cpu_devices", 8)
-    learner = Learner(replace(tiny_scout(), num_layers=layers), compute_dtype="float32")
+    learner = Learner(four_layers(tiny_scout()), compute_dtype="float32")
     params, batch = random_inputs(learner, rows=8, seq_len=256)
     for sizes in (MeshConfig(fsdp=8), MeshConfig(context=2, tensor=2, fsdp=2)):
         results = []
@@ -337,28 +340,28 @@ def on_cpu(layers: int) -> None:
         assert worst < 1e-5
 
 
-def for_tpu(form: str, layers: int, topology: str) -> None:
+def for_tpu(form: str, topology: str) -> None:
     """One form at Scout's width in bf16, a sequence of 4,096 tokens a chip, fully sharded."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     moe.default_backend = lambda: "ragged_dot"  # the process itself runs on CPU
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    learner = Learner(replace(scout(), num_layers=layers))
+    learner = Learner(four_layers(scout()))
     compile_and_report(form, learner, mesh_of(form, MeshConfig(), list(devices)), len(devices), 4096)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     where = parser.add_subparsers(dest="where", required=True)
-    for name in ("cpu", "tpu"):
-        where.add_parser(name).add_argument("--layers", type=int, default=8, help="a multiple of 4")
-    where.choices["tpu"].add_argument("form", choices=("shard_map", "explicit"))
-    where.choices["tpu"].add_argument("--topology", default="v5p:4x4x4")
+    where.add_parser("cpu")
+    tpu = where.add_parser("tpu")
+    tpu.add_argument("form", choices=("shard_map", "explicit"))
+    tpu.add_argument("--topology", default="v5p:4x4x4")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     if args.where == "cpu":
-        on_cpu(args.layers)
+        on_cpu()
     else:
-        for_tpu(args.form, args.layers, args.topology)
+        for_tpu(args.form, args.topology)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Figures of a report: plain arrays in, SVG or PNG out. Small enough to be read on a phone, in colours that all can tell.
+"""Figures of a report: plain arrays in, SVG or PNG out; to be read on a phone, too, and with any colour vision.
 
 Nothing here touches matplotlib's global state: no pyplot, and the style is set around each figure.
 """
@@ -15,14 +15,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#4d4d4d")
 """After Okabe and Ito (2008), told apart with every kind of colour vision; their yellows darkened for white paper."""
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 WIDTH, HEIGHT = 5.2, 3.2  # inches: 10 points are 9.5 pixels on a screen of 360
 POINTS = 300  # of a line at most, so that a long run does not make a heavy page
-STYLE = {
+STYLE: Any = {
     "font.size": 10, "font.family": "DejaVu Sans", "axes.labelsize": 10, "xtick.labelsize": 9.5, "ytick.labelsize": 9.5,
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.edgecolor": "#9a9a94",
     "axes.labelcolor": "#44443f", "text.color": "#22221f", "xtick.color": "#77776f", "ytick.color": "#77776f",
@@ -68,11 +68,15 @@ def smoothed(y: np.ndarray) -> np.ndarray:
 # --- Figures
 
 
-def curves(lines: Sequence[Line], ylabel: str, smooth: bool = False, log: bool = False) -> str:
-    """SVG of values over steps. `smooth` draws the smoothed curve over a faint raw one."""
+def curves(lines: Sequence[Line], ylabel: str, smooth: bool = False, log: bool = False, zero: bool = False) -> str:
+    """SVG of values over steps. `smooth` draws the smoothed curve over a faint raw one; `zero` starts the axis at 0."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-        draw(figure.subplots(), lines, ylabel, smooth, log)
+        axes = figure.subplots()
+        draw(axes, lines, ylabel, smooth, log)
+        if zero:
+            highest = max(np.nanmax(line.y, where=np.isfinite(line.y), initial=0) for line in lines)
+            axes.set_ylim(0, 1.06 * highest or 1)
         return svg(figure)
 
 
@@ -162,16 +166,20 @@ def draw(axes: Axes, lines: Sequence[Line], ylabel: str, smooth: bool = False, l
          named: bool = True) -> None:  # fmt: skip
     """Curves on axes: directly labelled where the names are few and short, else with a legend above."""
     heights = []
-    for line in lines:
+    for above, line in zip(reversed(range(len(lines))), lines, strict=True):
         y = np.where(np.isfinite(line.y) & ((line.y > 0) | (not log)), line.y, np.nan)
         calm = smoothed(y) if smooth else y
         marker = "o" if np.isfinite(y).sum() < 3 else ""
         if smooth:
             axes.plot(*_thinned(line.x, y), color=line.look["color"], alpha=0.28, linewidth=0.8)
-        axes.plot(*_thinned(line.x, calm), marker=marker, markersize=4, **line.look)
+        width = 1.7 if smooth else 1.5 + 1.6 * min(above, 3)  # curves that coincide, as schedules do, show as layers
+        axes.plot(*_thinned(line.x, calm), marker=marker, markersize=4, linewidth=width, **line.look)
         heights.append(calm[np.isfinite(calm)])
     if log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     everything = np.concatenate([*heights, np.zeros(0)])
     if smooth and len(everything):  # what a spike of the raw curve hides would be the rest of the figure
         low, high = everything.min(), everything.max()

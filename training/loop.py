@@ -51,6 +51,8 @@ def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = 
     # --- The folder: how far the run got, and whether this is the same run
     _check_vocabulary(cfg, corpus)
     _use_compilation_cache()
+    if jax.process_index() > 0:
+        log = log or (lambda _: None)  # the first process speaks for all
     folder = epath.Path(cfg.folder)
     record = run_record(cfg, corpus.tokenizer.hash)
     newest, changes = _find_start(folder, record)
@@ -175,11 +177,14 @@ def _use_compilation_cache() -> None:
 
 def _find_start(folder: epath.Path, record: dict[str, Any]) -> tuple[int | None, list[str]]:
     """Step of the newest checkpoint, and what changed in the config since; ValueError if that makes it another run."""
-    if not (folder / "checkpoints").exists():
-        return None, []
-    with Checkpoints(folder) as checkpoints:
-        newest = checkpoints.latest
-        return newest, [] if newest is None else check_resumable(checkpoints.record(newest), record, str(folder))
+    newest, changes = None, []
+    if (folder / "checkpoints").exists():
+        with Checkpoints(folder) as checkpoints:
+            newest = checkpoints.latest
+            if newest is not None:
+                changes = check_resumable(checkpoints.record(newest), record, str(folder))
+    multihost_utils.sync_global_devices("every process has looked before one of them writes")
+    return newest, changes
 
 
 def _start(folder: epath.Path, step: int | None, cfg: RunConfig, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 
 STYLE = """
@@ -49,12 +50,13 @@ tbody tr:last-child > * { border-bottom: 0; }
   --bad: #a34700; } main { padding: 0; max-width: none; } h2 { break-after: avoid; margin-top: 1.6rem; }
   .note { break-after: avoid; } .grid { grid-template-columns: 1fr 1fr; gap: 10px; }
   .card { break-inside: avoid; } .wide { overflow: visible; } table { font-size: .8rem; }
-  th, td { padding: 4px 7px; white-space: normal; } * { print-color-adjust: exact; } }
+  th, td { padding: 4px 7px; white-space: normal; } section { break-inside: avoid; } * { print-color-adjust: exact; } }
 """
 
 
 def page(title: str, summary: Sequence[str], sections: Sequence[str]) -> str:
-    """A whole document: title, summary in sentences, sections."""
+    """A whole document: title, summary in sentences, sections. In the summary numbers with three decimals stand out."""
+    told = re.sub(r"\b\d+\.\d{3}\b", r"<strong>\g<0></strong>", html.escape(" ".join(summary)))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -66,7 +68,7 @@ def page(title: str, summary: Sequence[str], sections: Sequence[str]) -> str:
 <body>
 <main>
 <h1>{html.escape(title)}</h1>
-<p class="summary">{html.escape(" ".join(summary))}</p>
+<p class="summary">{told}</p>
 {"".join(sections)}</main>
 </body>
 </html>

@@ -22,7 +22,7 @@ from llama4_jax.config import ModelConfig, Rope
 from training import figures
 from training.figures import Line
 from training.metrics import FILE, read
-from training.page import STYLE, card, figure_card, note, page, section, table
+from training.page import card, figure_card, note, page, section, table
 
 SHARED = ("tokens_per_second", "seconds_per_step", "data_wait", "tflops", "mfu")
 """Keys of a record that belong to the run, not to one of its learners."""
@@ -104,9 +104,8 @@ class Run:
         if "optimizer" in cfg and cfg["optimizer"] is None:
             return "frozen teacher"
         teaches = any(self.teacher(other) == learner for other in self.learners)
-        return (
-            ", ".join(filter(None, [teacher and f"student of {teacher}", teaches and "teacher"])) or "on labels alone"
-        )
+        roles = [f"student of {teacher}"] * bool(teacher) + ["teacher"] * teaches
+        return ", ".join(roles) or "on labels alone"
 
 
 class Entry(NamedTuple):
@@ -186,11 +185,13 @@ def _summary(found: Sequence[Entry]) -> list[str]:
     for run in runs:
         trained = [name for name in run.learners if run.role(name) != "frozen teacher"]
         teachers = [t for t in dict.fromkeys(run.teacher(name) for name in trained) if t]
-        taught = f" under the teaching of {_listed(teachers)}" if teachers else ""
+        taught = f", taught by {_listed(teachers)}," if teachers else ""
         of = f" of {run.train('steps'):,}" if run.train("steps") else ""
         tokens = _tokens(run)
-        read_ = f", about {_short(tokens)} tokens each," if math.isfinite(tokens) else ""
-        out.append(f"{run.name} trained {_listed(trained)}{taught} for {run.step:,}{of} steps{read_}{_on(run)}.")
+        seen = f" and about {_short(tokens)} tokens{' each' * (len(trained) > 1)}" if math.isfinite(tokens) else ""
+        out.append(
+            f"{run.name} trained {_listed(trained)}{taught} for {run.step:,}{of} step{'s' * (run.step != 1)}{seen}."
+        )
         ends = {name: run.last(name, "eval/ce") for name in run.learners}
         if parts := [f"{name} {loss:.3f}" for name, loss in ends.items() if math.isfinite(loss)]:
             out.append(f"Loss on held-out documents, in nats a token: {_listed(parts)}.")
@@ -216,14 +217,10 @@ def _tokens(run: Run) -> float:
     return float(np.nanmean(seen[0])) * run.step if seen else math.nan
 
 
-def _on(run: Run) -> str:
-    mesh = run.config.get("mesh")
-    return f" on {_mesh(mesh)}" if mesh else ""
-
-
 def _mesh(sizes: Mapping[str, int]) -> str:
-    parts = [f"{name} over all other devices" if n == -1 else f"{name} {n}" for name, n in sizes.items() if n != 1]
-    return f"a mesh of {' × '.join(parts)}" if parts else "one device"
+    parts = [f"{name} {n}" for name, n in sizes.items() if n > 1]
+    rest = [f"{name} over {'the remaining' if parts else 'all'} devices" for name, n in sizes.items() if n == -1]
+    return ", ".join([*parts, *rest]) or "one device"
 
 
 # --- Sections: each takes the learners of all runs and returns HTML
@@ -236,7 +233,7 @@ def _held_out(found: Sequence[Entry]) -> str:
     rows = []
     for i, e in enumerate(judged):
         first = _reference(e, found)
-        place = judged.index(first) if first in judged else None
+        place = judged.index(first) if first and first in judged else None
         cells = [_difference(v[i], None if place is None else v[place]) for v in final.values()]
         rows.append([_named(e), *cells])
     body = card(table(["learner", *map(html.escape, final)], rows), wide=True)
@@ -369,9 +366,9 @@ def _throughput(found: Sequence[Entry]) -> str:
     first = {e.run: e for e in reversed(found)}
     of_runs = [first[run]._replace(label=run.name) for run in runs]
     return _charts("Throughput", of_runs, {
-        "tokens_per_second": ("tokens a second", "Tokens a second, over all devices.", {"smooth": True}),
-        "data_wait": ("share of the time", "Share of the time spent waiting for data.", {"smooth": True}),
-        "mfu": ("MFU", "Model FLOPs over the devices' peak.", {"smooth": True}),
+        "tokens_per_second": ("tokens a second", "Tokens a second, over all devices.", {"smooth": True, "zero": True}),
+        "data_wait": ("share of the time", "Share of the time spent waiting for data.", {"smooth": True, "zero": True}),
+        "mfu": ("MFU", "Model FLOPs over the devices' peak.", {"smooth": True, "zero": True}),
     }, optional=("mfu",))  # fmt: skip
 
 
@@ -420,8 +417,8 @@ def _models(found: Sequence[Entry]) -> str:
              "batch": lambda run: f"{run.train('batch')} × {run.train('seq_len')}" if run.train("batch") else None,
              "mesh": lambda run: _mesh(run.config["mesh"]) if run.config.get("mesh") else None,
              "seed": lambda run: run.train("seed"), "documents": _documents}  # fmt: skip
-    table_of_runs = table(["run", *(html.escape(run.name) for run in runs)],
-                          [[name, *(html.escape(_text(of(run))) for run in runs)] for name, of in facts.items()])  # fmt: skip
+    told = [[name, *(html.escape(_text(of(run))) for run in runs)] for name, of in facts.items()]
+    table_of_runs = table(["run", *(html.escape(run.name) for run in runs)], told, text=True)
     missing = [run.name for run in runs if not run.config]
     lead = note(f"No config.json that could be read: {_listed(missing)}.") if missing else ""
     return section("Models and runs", lead + card(table(heads, rows), wide=True) + card(table_of_runs, wide=True))
@@ -488,7 +485,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
-def _short(n: float) -> str:
+def _short(n: int | float) -> str:
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if n >= size:
             return f"{n / size:.3g}{unit}"

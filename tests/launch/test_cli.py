@@ -26,7 +26,7 @@ def failure(line: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "a command is needed: demo, train, export, import, verify, inspect, data, tokenizer"),
+        ("", "a command is needed: demo, train, export, import, verify, inspect, report, data, tokenizer"),
         ("trian pretrain:tiny", "no command 'trian'; the nearest is 'train'"),
         ("train", "a preset or a run's folder is needed; the presets are pretrain:tiny"),
         ("train pretrain:tyni", "no preset 'pretrain:tyni'; the nearest is 'pretrain:tiny'"),
@@ -35,7 +35,6 @@ def failure(line: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("train pretrain:tiny --train.steps many", "--train.steps is a whole number, not 'many'"),
         ("train pretrain:tiny --train.steps 0", "train.steps must be at least 1, not 0"),
         ("train pretrain:tiny --data.jsonl nowhere", "data.jsonl: nothing at nowhere"),
-        ("train pretrain:tiny --data.tokenizer nowhere", "no tokenizer at nowhere"),
         ("train pretrain:tiny --data.vocab-size 500 --model.vocab-size 600", "give --model.vocab-size 500"),
         ("demo --train.stepz 3", "no option or field --train.stepz; the nearest is --train.steps"),
         ("export", "the following arguments are required: RUN, --to (see llama4 export --help)"),

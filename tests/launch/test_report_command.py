@@ -47,6 +47,6 @@ def test_a_wrong_folder_names_the_nearest(folder):
 
 @pytest.mark.parametrize("option", ["--out", "--figure"])
 def test_nothing_is_written_into_a_folder_that_is_not_there(folder, tmp_path, option):
-    with pytest.raises(FileNotFoundError, match="no folder .*nowhere to write x"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere to write x"):
         command(folder, option, tmp_path / "nowhere" / "x")
     assert [f.name for f in folder.iterdir()] == ["metrics.jsonl"]

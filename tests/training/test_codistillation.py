@@ -23,8 +23,10 @@ B, T, V, STEPS = 4, 32, 64, 3
 
 
 def shrink(model: ModelConfig) -> ModelConfig:
-    sizes = dict(vocab_size=V, chunk=16, num_layers=4, num_heads=2, num_kv_heads=2, head_dim=16, num_experts=2)
-    return replace(model, **sizes, embed_dim=model.embed_dim // 4, expert_dim=32, dense_dim=64, floor_scale=8)
+    """A local and a global layer; widths still differ."""
+    sizes = dict(vocab_size=V, chunk=16, num_heads=2, num_kv_heads=2, head_dim=16, num_experts=2)
+    layers = dict(num_layers=2, nope_every=2)
+    return replace(model, **sizes, **layers, embed_dim=model.embed_dim // 4, expert_dim=32, dense_dim=64, floor_scale=8)
 
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup=2, decay=0.5)

@@ -20,7 +20,17 @@ from training.step import gradient, make_train_step
 
 B, T, CHUNK, V, DOMAINS, STEPS = 8, 64, 16, 128, 2, 5
 HARD = (jnp.float32(1), jnp.float32(0))  # labels only
-SIZES = dict(vocab_size=V, chunk=CHUNK, embed_dim=32, head_dim=16, expert_dim=32, dense_dim=64, floor_scale=8)
+SIZES = dict(
+    vocab_size=V,
+    chunk=CHUNK,
+    embed_dim=32,
+    head_dim=16,
+    expert_dim=32,
+    dense_dim=64,
+    floor_scale=8,
+    num_layers=4,
+    nope_every=2,
+)  # two blocks of a local and a global layer
 
 
 def run_config(model=None, **train) -> RunConfig:
