@@ -1,15 +1,17 @@
-"""Presets by name, `module:function`: `find("pretrain:tiny_scout")` returns the RunConfig of that function."""
+"""Presets by name, `module:function`: `find("pretrain:tiny")` returns the RunConfig of that function."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
 
-from configs import pretrain
+from configs import codistill, pretrain
 from training.config import RunConfig
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    f"{module.__name__.removeprefix('configs.')}:{f.__name__}": f for module in (pretrain,) for f in module.PRESETS
+    f"{module.__name__.removeprefix('configs.')}:{f.__name__}": f
+    for module in (pretrain, codistill)
+    for f in module.PRESETS
 }
 
 

@@ -1,4 +1,4 @@
-"""`llama4 demo`: the whole way on this machine: train a tiny model, export it, verify it, and let it write.
+"""`llama4 demo`: the whole way on this machine: a teacher, two students, exports, verification, samples, a report.
 
 Run again, it goes on where it was stopped; what is done already is kept.
 """
@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,55 +19,97 @@ import configs
 from launch import overrides
 from launch.train import status, train
 from launch.verify import compare
+from training.config import RunConfig
 
 if TYPE_CHECKING:
     from etils import epath
 
 TAKES_OVERRIDES = True
-PRESET = "pretrain:tiny"
+SHARED = ("--train.", "--data.", "--mesh.")
+RUNS = {
+    "behemoth": ("pretrain:tiny_behemoth_teacher", "a tiny Behemoth, which will teach"),
+    "codistill": ("codistill:tiny", "a tiny Maverick and a tiny Scout learn from one pass of the frozen Behemoth"),
+    "scout": ("pretrain:tiny", "the same Scout on the same tokens, from labels alone"),
+}
+STUDENTS = ("maverick", "scout")
 PROMPTS = ("def main(", "class Queue:\n", "Return the", "Parameters\n----------\n")
 NEW_TOKENS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = f"{parser.prog} [--out DIR] [--FIELD VALUE ...] [--json]"
+    parser.usage = f"{parser.prog} [--out DIR] [--train.FIELD VALUE ...] [--json]"
     parser.add_argument("--out", metavar="DIR", default="runs/demo", help="where everything goes (default: runs/demo)")
     parser.add_argument("--json", action="store_true", help="print what was made as JSON; the log goes to stderr")
-    parser.epilog = f"It trains the preset {PRESET}, on the text that comes with the installed packages."
+    parser.epilog = (
+        f"It trains {', '.join(preset for preset, _ in RUNS.values())} on the text that comes with the installed\n"
+        "packages. Fields of train, data and mesh can be given, and hold for all three."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from etils import epath
 
-    cfg = dataclasses.replace(overrides.apply(configs.find(PRESET), args), out=args.out)
-    folder = epath.Path(args.out)
+    runs = _runs(args)
+    made: dict[str, Any] = {}
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        print(f"\n1. Train {PRESET}, {cfg.train.steps} steps")
-        summary = train(cfg)
-        if not summary["complete"]:
-            return status(summary)
-        made = Made(folder / "demo.json", summary["step"])
-        print("\n2. Export to Hugging Face's format")
-        exported = made.stage("export", lambda: _export(folder / f"hf-{summary['step']}", folder))
-        print(f"{exported['folder']}: {exported['bytes'] / 1e6:.1f} MB")
-        print("\n3. Verify the export against transformers")
-        verified = _verify(made, exported["folder"])
-        print("\n4. Continue a few prompts")
-        samples = made.stage("samples", lambda: _sample(folder))
-        print(*(f"\n--- {prompt}{text}" for prompt, text in samples.items()), sep="\n")
-        _print_table(summary, exported, verified)
+        for number, (name, cfg) in enumerate(runs.items(), 1):
+            print(f"\n{number}. {RUNS[name][1]} ({cfg.name}, {cfg.train.steps} steps)", flush=True)
+            summary = train(cfg)
+            if not summary["complete"]:
+                return status(summary)
+            made[name] = summary
+        made |= _after_training(epath.Path(args.out), runs)
     if args.json:
-        print(json.dumps(dict(training=summary, export=exported, verification=verified, samples=samples)))
-    return 0 if verified is None or verified["ok"] else 1
+        print(json.dumps(made))
+    verdicts = [v for v in made["verify"].values() if v is not None]
+    return 0 if all(v["ok"] for v in verdicts) else 1
+
+
+def _runs(args: argparse.Namespace) -> dict[str, RunConfig]:
+    """The three runs under `--out`, in their order."""
+    for option, *_ in args.overrides:
+        if not option.startswith(SHARED):
+            raise ValueError(f"llama4 demo takes fields of train, data and mesh, not {option}: see llama4 demo --help")
+    out = args.out.rstrip("/")
+    runs = {}
+    for name, (preset, _) in RUNS.items():
+        cfg = dataclasses.replace(overrides.apply(configs.find(preset), args), out=f"{out}/{name}")
+        if name == "codistill":
+            teacher = dataclasses.replace(cfg.learners["behemoth"], init=f"run:{out}/behemoth")
+            cfg = dataclasses.replace(cfg, learners=cfg.learners | {"behemoth": teacher})
+        runs[name] = cfg
+    return runs
+
+
+def _after_training(out: epath.Path, runs: dict[str, RunConfig]) -> dict[str, Any]:
+    """Exports, verification, samples and the report: what was made by each."""
+    from training import report
+
+    folder = out / "codistill"
+    made = Made(out / "demo.json", [cfg.train.steps for cfg in runs.values()])
+    print("\n4. Export the students to Hugging Face's format")
+    exports = made.stage("export", lambda: {name: _export(folder, name, out / f"hf-{name}") for name in STUDENTS})
+    print("\n5. Verify the exports against transformers")
+    verified = _verify(made, exports)
+    print("\n6. Let them continue a few prompts")
+    samples = made.stage("samples", lambda: _samples(folder, out / "scout"))
+    for name, texts in samples.items():
+        (out / name / "samples.json").write_text(json.dumps(texts, indent=1))
+        for text in texts[:1]:
+            print(f"--- {name}/{text['learner']}: {text['prompt']}{text['text']}")
+    (folder / "artifacts.json").write_text(json.dumps(_artifacts(out, exports, verified), indent=1))
+    page = report.write([str(out / name) for name in ("codistill", "scout", "behemoth")], str(out / "report.html"))
+    _print_table(out, runs, verified, str(page))
+    return dict(export=exports, verify=verified, samples=samples, report=str(page))
 
 
 class Made:
-    """Results of the stages for the weights of one step, in a JSON file; those of another step do not count."""
+    """Results of the stages for runs of these lengths, in a JSON file; those of other lengths do not count."""
 
-    def __init__(self, file: epath.Path, step: int):
+    def __init__(self, file: epath.Path, steps: list[int]):
         stored: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         self._file = file
-        self._done: dict[str, Any] = stored if stored.get("step") == step else {"step": step}
+        self._done: dict[str, Any] = stored if stored.get("steps") == steps else {"steps": steps}
 
     def stage(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The stage's result, from the file if it was done before."""
@@ -76,30 +119,42 @@ class Made:
         return self._done[name]
 
 
-def _export(to: epath.Path, folder: epath.Path) -> dict[str, Any]:
+def _export(run: epath.Path, learner: str, to: epath.Path) -> dict[str, Any]:
     from launch.startup import run_tokenizer
     from training.checkpoint import restore_params
     from training.export import save_hf
 
-    if not to.exists():  # else it is whole, and only its record was lost
-        weights = restore_params(folder)
-        model = weights.config.learners[weights.learner].model
-        save_hf(weights.params, model, to, dtype="float32", tokenizer=run_tokenizer(folder, weights.config))
-    return dict(folder=str(to), bytes=sum(file.stat().length for file in to.iterdir()), dtype="float32")
+    weights = restore_params(run, learner)
+    if to.exists():  # of a shorter run, or one whose record was lost
+        to.rename(to.with_name(f"{to.name}-before-{time.time_ns()}"))
+    model = weights.config.learners[learner].model
+    save_hf(weights.params, model, to, dtype="float32", tokenizer=run_tokenizer(run, weights.config))
+    size = sum(file.stat().length for file in to.iterdir())
+    print(f"{to}: {size / 1e6:.1f} MB")
+    return dict(folder=str(to), bytes=size, dtype="float32")
 
 
-def _verify(made: Made, folder: str) -> dict[str, Any] | None:
-    """The comparison, or None where transformers is not installed."""
+def _verify(made: Made, exports: dict[str, Any]) -> dict[str, Any]:
+    """The comparisons by student, None where transformers is not installed."""
     if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
         print(f"skipped, without {' and '.join(missing)}: pip install -e '.[verify]' and run llama4 demo again")
-        return None
-    verified = made.stage("verify", lambda: compare(folder))
-    print(verified["text"])
+        return dict.fromkeys(exports)
+    verified = made.stage("verify", lambda: {name: compare(one["folder"]) for name, one in exports.items()})
+    for name, one in verified.items():
+        print(f"{name}: {one['text']}")
     return verified
 
 
-def _sample(folder: epath.Path) -> dict[str, str]:
-    """Continuations by prompt, at the temperature and top-p published with Llama 4."""
+def _samples(codistilled: epath.Path, alone: epath.Path) -> dict[str, list[dict[str, str]]]:
+    """Continuations by run, at the temperature and top-p published with Llama 4."""
+    out: dict[str, list[dict[str, str]]] = {"codistill": [], "scout": []}
+    for folder, learner in ((codistilled, "scout"), (codistilled, "maverick"), (alone, "scout")):
+        texts = _continue(folder, learner)
+        out[folder.name] += [dict(learner=learner, prompt=p, text=t) for p, t in zip(PROMPTS, texts, strict=True)]
+    return out
+
+
+def _continue(folder: epath.Path, learner: str) -> list[str]:
     import jax
     from flax import nnx
 
@@ -108,25 +163,40 @@ def _sample(folder: epath.Path) -> dict[str, str]:
     from training.checkpoint import restore_params
     from training.state import graphdef
 
-    weights = restore_params(folder)
+    weights = restore_params(folder, learner)
     tokenizer = run_tokenizer(folder, weights.config)
-    model = nnx.merge(graphdef(weights.config.learners[weights.learner]), weights.params)
+    model = nnx.merge(graphdef(weights.config.learners[learner]), weights.params)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
     new = generate(model, prompts, NEW_TOKENS, key=jax.random.key(0), eos_ids=(tokenizer.eos_id,))
-    return {prompt: tokenizer.decode(ids) for prompt, ids in zip(PROMPTS, new, strict=True)}
+    return [tokenizer.decode(ids) for ids in new]
 
 
-def _print_table(summary: dict[str, Any], exported: dict[str, Any], verified: dict[str, Any] | None) -> None:
+def _artifacts(out: epath.Path, exports: dict[str, Any], verified: dict[str, Any]) -> list[dict[str, str]]:
+    rows = [{"what": f"the run {name}", "from": RUNS[name][0], "where": str(out / name), "note": RUNS[name][1]}
+            for name in RUNS]  # fmt: skip
+    for name, one in exports.items():
+        verdict = verified[name]
+        note = "not verified: transformers is not installed" if verdict is None else verdict["text"]
+        rows.append({"what": f"tiny {name.capitalize()} for Hugging Face", "from": str(out / "codistill"),
+                     "where": one["folder"], "note": note})  # fmt: skip
+    return rows
+
+
+def _print_table(out: epath.Path, runs: dict[str, RunConfig], verified: dict[str, Any], page: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    folder, metrics = summary["folder"], summary["metrics"]
-    held_out = ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/"))
+    from training import metrics
+
     table = Table("made", "where", "result", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_row("checkpoint", f"{folder}/checkpoints/{summary['step']}", f"held out: {held_out} nats a token")
-    table.add_row("metrics", f"{folder}/metrics.jsonl", "a line a step, with tensorboard/ beside it")
-    table.add_row("export", exported["folder"], f"{exported['bytes'] / 1e6:.1f} MB, {exported['dtype']}")
-    table.add_row("verification", f"{folder}/demo.json", "skipped" if verified is None else verified["text"])
-    table.add_row("samples", f"{folder}/demo.json", f"{len(PROMPTS)} continuations of {NEW_TOKENS} tokens")
+    for name, cfg in runs.items():
+        last = metrics.read(out / name)[-1]
+        held_out = ", ".join(
+            f"{learner} {last[f'{metrics.prefix(learner, cfg)}eval/ce']:.3f}" for learner in cfg.learners
+        )
+        table.add_row(RUNS[name][0], str(out / name), f"held out: {held_out} nats a token")
+    for name, verdict in verified.items():
+        table.add_row(f"{name} export", str(out / f"hf-{name}"), "not verified" if verdict is None else verdict["text"])
+    table.add_row("report", page, "open it in a browser")
     Console(highlight=False).print("", table)

@@ -147,7 +147,7 @@ def _tiny(full: ModelConfig, **sizes) -> ModelConfig:
     """`full` shrunk by the family's own ratios: same pattern, norms and scalings, a chunk of 128 tokens."""
     rope = replace(full.rope, theta=10_000.0, original=128)
     return replace(
-        full, vocab_size=4096, head_dim=32, chunk=128, floor_scale=128, max_position=4096, rope=rope, **sizes
+        full, vocab_size=2048, head_dim=32, chunk=128, floor_scale=128, max_position=4096, rope=rope, **sizes
     )
 
 
@@ -164,8 +164,8 @@ def tiny_maverick() -> ModelConfig:
 
 
 def tiny_behemoth() -> ModelConfig:
-    """Behemoth for a laptop: 8 layers, twice as wide as its students, 4 experts."""
-    return _tiny(behemoth(), embed_dim=256, num_layers=8, num_heads=8, num_kv_heads=2, expert_dim=512, dense_dim=1024,
+    """Behemoth for a laptop: half again as wide as its students, 4 experts."""
+    return _tiny(behemoth(), embed_dim=192, num_layers=4, num_heads=6, num_kv_heads=2, expert_dim=384, dense_dim=768,
                  num_experts=4)  # fmt: skip
 
 

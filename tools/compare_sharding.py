@@ -277,6 +277,15 @@ def collectives(hlo: str) -> Counter[tuple[str, str]]:
             lines = bodies.setdefault("ENTRY" if head[1] else head[2], [])
         lines.append(line)
 
+    def trips(line: str) -> int:
+        """Of a loop: as XLA notes it, or the bound in its condition (the TPU compiler notes nothing)."""
+        if known := re.search(r'"known_trip_count":{"n":"(\d+)"', line):
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.-]+)", line)
+        bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[condition[1]])) if condition else []
+        assert len(bounds) == 1, f"unknown trip count: {line}"
+        return int(bounds[0])
+
     def count(body: str) -> Counter[tuple[str, str]]:
         total: Counter[tuple[str, str]] = Counter()
         sizes: dict[str, int] = {}
@@ -289,10 +298,9 @@ def collectives(hlo: str) -> Counter[tuple[str, str]]:
             if (kind := kind.removesuffix("-start")) in KINDS.split("|"):
                 total[kind, "calls"] += 1
                 total[kind, "bytes"] += max(sizes[name], sum(sizes.get(x, 0) for x in operands.split(", ")))
-            trips = re.search(r'"known_trip_count":{"n":"(\d+)"', line)
-            for called in re.findall(r"\b(?:body|calls|to_apply)=(%?[\w.-]+)", line):
-                for key, value in count(called.lstrip("%")).items():
-                    total[key] += value * (int(trips[1]) if trips else 1)
+            for called in re.findall(r"\b(?:body|calls|to_apply)=%?([\w.-]+)", line):
+                for key, value in count(called).items():
+                    total[key] += value * (trips(line) if kind == "while" else 1)
         return total
 
     return count("ENTRY")

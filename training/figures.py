@@ -73,7 +73,7 @@ def curves(lines: Sequence[Line], ylabel: str, smooth: bool = False, log: bool =
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.subplots()
-        draw(axes, lines, ylabel, smooth, log)
+        draw(axes, lines, ylabel, smooth, log, layered=not smooth)  # schedules often coincide
         if zero:
             highest = max(np.nanmax(line.y, where=np.isfinite(line.y), initial=0) for line in lines)
             axes.set_ylim(0, 1.06 * highest or 1)
@@ -163,8 +163,11 @@ def overview(lines: Sequence[Line], ylabel: str, values: Mapping[str, Sequence[f
 
 
 def draw(axes: Axes, lines: Sequence[Line], ylabel: str, smooth: bool = False, log: bool = False,
-         named: bool = True) -> None:  # fmt: skip
-    """Curves on axes: directly labelled where the names are few and short, else with a legend above."""
+         named: bool = True, layered: bool = False) -> None:  # fmt: skip
+    """Curves on axes: directly labelled where the names are few and short, else with a legend above.
+
+    `layered` draws the first ones wider, so that curves that coincide are all seen.
+    """
     heights = []
     for above, line in zip(reversed(range(len(lines))), lines, strict=True):
         y = np.where(np.isfinite(line.y) & ((line.y > 0) | (not log)), line.y, np.nan)
@@ -172,7 +175,7 @@ def draw(axes: Axes, lines: Sequence[Line], ylabel: str, smooth: bool = False, l
         marker = "o" if np.isfinite(y).sum() < 3 else ""
         if smooth:
             axes.plot(*_thinned(line.x, y), color=line.look["color"], alpha=0.28, linewidth=0.8)
-        width = 1.7 if smooth else 1.5 + 1.6 * min(above, 3)  # curves that coincide, as schedules do, show as layers
+        width = 1.5 + 1.6 * min(above, 3) if layered else 1.7
         axes.plot(*_thinned(line.x, calm), marker=marker, markersize=4, linewidth=width, **line.look)
         heights.append(calm[np.isfinite(calm)])
     if log:

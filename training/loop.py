@@ -217,16 +217,21 @@ def put_local(batch: Batch, mesh: Mesh) -> Any:
 
 
 class _HeldOut:
-    """Evaluates every learner that learns: {"eval/ce", "eval/ce/DOMAIN" ...}."""
+    """Evaluates every learner, a frozen one once: {"eval/ce", "eval/ce/DOMAIN" ...}."""
 
     def __init__(self, cfg: RunConfig, mesh: Mesh, domains: tuple[str, ...], batches: list[Batch]):
         self.cfg, self.mesh, self.domains, self.batches = cfg, mesh, domains, batches
-        self.steps = {n: make_eval_step(x, mesh, len(domains)) for n, x in cfg.learners.items() if x.optimizer}
+        self.steps = {n: make_eval_step(x, mesh, len(domains)) for n, x in cfg.learners.items()}
+        self.frozen: dict[str, dict[str, float]] = {}
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         out = {}
         for name, step in self.steps.items():
-            values = evaluate(step, state.learners[name].params, self.batches, self.mesh, self.domains)
+            values = self.frozen.get(name) or evaluate(
+                step, state.learners[name].params, self.batches, self.mesh, self.domains
+            )
+            if self.cfg.learners[name].optimizer is None:
+                self.frozen[name] = values
             out |= {f"{prefix(name, self.cfg)}eval/{key}": value for key, value in values.items()}
         return out
 

@@ -78,9 +78,9 @@ def test_models_follow_the_size_of_the_tokenizer_trained_here():
     with pytest.raises(ValueError, match=r"trained here has 1000 tokens: give --model.vocab-size 1000"):
         overrides.check_vocabulary(cfg)
     cfg = apply("--data.vocab-size 1000 --data.tokenizer some.model")
-    assert cfg.learners["scout"].model.vocab_size == 4096  # it is the given tokenizer's size that counts
+    assert cfg.learners["scout"].model.vocab_size == 2048  # it is the given tokenizer's size that counts
     overrides.check_vocabulary(cfg)
-    overrides.check_vocabulary(cfg, 4096)
+    overrides.check_vocabulary(cfg, 2048)
     with pytest.raises(ValueError, match=r"the tokenizer some.model has 202048 tokens: give --model.vocab-size 202048"):
         overrides.check_vocabulary(cfg, 202_048)
 

@@ -8,11 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+import configs
 from launch import cli
+from training.config import RunConfig
+
+REDRAWN = ("report.html", "samples.json", "artifacts.json")
 
 TINY = (
     "--data.vocab-size 320 --data.heldout 0.2 --train.batch 8 --train.seq-len 32 --train.eval-batches 1 "
@@ -101,16 +107,38 @@ def test_wrong_beginnings(train: str, capsys):
     assert "init must be empty, hf:DIR or run:DIR, not 'nowhere'" in error(f"{train} --init nowhere", capsys)
 
 
-def test_demo_goes_on_and_does_nothing_twice(train: str, capsys):
-    line = train.replace("train pretrain:tiny --out run", "demo --out demo")
+def shrunken(preset: str) -> RunConfig:
+    """The demonstration's run with models small enough for a test."""
+    cfg = configs.find(preset)
+    sizes = dict(chunk=16, head_dim=8, num_heads=2, num_kv_heads=1, num_experts=2, num_layers=2, nope_every=2)
+    learners = {
+        name: replace(learner, model=replace(learner.model, **sizes, embed_dim=learner.model.embed_dim // 4,
+                                             expert_dim=16, dense_dim=16))
+        for name, learner in cfg.learners.items()
+    }  # fmt: skip
+    return replace(cfg, learners=learners)
+
+
+def test_demo_goes_on_and_does_nothing_twice(train: str, capsys, monkeypatch):
+    for preset in ("pretrain:tiny_behemoth_teacher", "codistill:tiny", "pretrain:tiny"):
+        monkeypatch.setitem(configs.PRESETS, preset, partial(replace, shrunken(preset)))
+    options = train[train.index("--data.jsonl") : train.index(" --model.chunk")]
+    line = f"demo --out demo {options} --train.steps 2"
     first = output(line, capsys)
-    exported = Path(first["export"]["folder"])
-    assert (exported / "config.json").exists() and (exported / "tokenizer.model").exists()
-    assert len(first["samples"]) == 4 and all(first["samples"].values())
-    assert first["verification"] is None or first["verification"]["ok"]
-    before = {path: path.stat().st_mtime_ns for path in Path("demo").rglob("*") if path.is_file()}
+    for student in ("maverick", "scout"):
+        exported = Path(first["export"][student]["folder"])
+        assert (exported / "config.json").exists() and (exported / "tokenizer.model").exists()
+        assert first["verify"][student] is None or first["verify"][student]["ok"]
+    assert [text["learner"] for text in first["samples"]["codistill"]] == ["scout"] * 4 + ["maverick"] * 4
+    page = Path(first["report"]).read_text()
+    assert all(name in page for name in ("behemoth", "maverick", "scout", "demo/hf-scout"))
+    Path(first["report"]).unlink()
+    # The report is drawn from the runs each time; nothing else is made twice.
+    kept = [path for path in Path("demo").rglob("*") if path.is_file() and path.name not in REDRAWN]
+    before = {path: path.stat().st_mtime_ns for path in kept}
     assert output(line, capsys) == first
-    assert {path: path.stat().st_mtime_ns for path in Path("demo").rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in kept} == before and Path(first["report"]).exists()
+    assert "demo takes fields of train, data and mesh, not --model.chunk" in error(f"{line} --model.chunk 8", capsys)
 
 
 @pytest.mark.slow

@@ -103,6 +103,22 @@ def test_every_mesh_gives_the_losses_of_one_device(sizes, on_one_device):
     assert compilations == 1
 
 
+def test_gradients_on_a_mesh_are_those_of_one_device():
+    """Adam hides a factor on a whole gradient, so the gradients themselves are compared."""
+    cfg, batch = run_config(), batches(1)[0]
+
+    def gradients(sizes: MeshConfig, devices: int):
+        mesh = make_mesh(sizes, jax.devices()[:devices])
+        params = state_on(cfg, mesh).learners["scout"].params
+        placed = jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
+        return jax.jit(gradient(cfg.learners["scout"], mesh, DOMAINS))(params, placed, HARD)[0]
+
+    want = gradients(MeshConfig(), 1)
+    got = gradients(MeshConfig(fsdp=1, expert=2, context=2, tensor=2), 8)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.max(np.abs(np.asarray(a) - np.asarray(b))) <= 1e-5 * np.max(np.abs(b))
+
+
 def test_maverick_on_a_mesh_gives_the_losses_of_one_device():
     cfg = run_config(replace(tiny_maverick(), **SIZES))
     got, _ = losses(cfg, MeshConfig(fsdp=2, expert=2, tensor=2), 8)

@@ -1,0 +1,46 @@
+"""Co-distillation: a Behemoth teaches a Maverick and a Scout from one teacher pass.
+
+A teacher is a learner named before its students. Without an optimizer it is frozen; with one it trains on the same
+batch, and its own forward pass is what it teaches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from configs import pretrain
+from llama4_jax.config import tiny_behemoth, tiny_maverick, tiny_scout
+from training.config import Distillation, Learner, RunConfig
+
+
+def tiny() -> RunConfig:
+    """A frozen tiny Behemoth teaches a tiny Maverick and a tiny Scout.
+
+    Command:  llama4 train codistill:tiny
+    Hardware: 2 CPU cores, after llama4 train pretrain:tiny_behemoth_teacher
+    Result:   @@
+    """
+    teacher = replace(
+        pretrain.tiny_learner(tiny_behemoth()), optimizer=None, init="run:runs/pretrain-tiny_behemoth_teacher"
+    )
+    return replace(pretrain.tiny(), name="codistill:tiny", learners={"behemoth": teacher, **_students()})
+
+
+def tiny_cotrained() -> RunConfig:
+    """A tiny Behemoth teaches a tiny Maverick and a tiny Scout while it learns itself.
+
+    Command:  llama4 train codistill:tiny_cotrained
+    Hardware: 2 CPU cores
+    Result:   @@
+    """
+    teacher = pretrain.tiny_learner(tiny_behemoth())
+    return replace(pretrain.tiny(), name="codistill:tiny_cotrained", learners={"behemoth": teacher, **_students()})
+
+
+def _students() -> dict[str, Learner]:
+    taught = Distillation("behemoth", weighting="wsd", soft=0.9)
+    models = {"maverick": tiny_maverick(), "scout": tiny_scout()}
+    return {name: replace(pretrain.tiny_learner(model), distillation=taught) for name, model in models.items()}
+
+
+PRESETS = (tiny, tiny_cotrained)
