@@ -23,6 +23,7 @@ BPE_SAMPLE = 6_000_000  # bytes of text on which a tokenizer is trained
 READ_THREADS = 4  # documents tokenised at once
 READ_AHEAD = 16  # documents
 BATCHES_AHEAD = 2
+POOL_TOKENS = 2**18  # in packed rows from which batches are drawn
 
 
 class Corpus:
@@ -119,7 +120,7 @@ class Corpus:
         documents = mixture.stream(self.sources, self._train, self.tokenizer, self.shares, self.mean_tokens, seed)
         rows = batch // process_count
         mine = slice(process_index * rows, (process_index + 1) * rows)
-        return TrainIterator(_Batches(documents, seq_len, chunk, batch, mine, self.tokenizer.pad_id), identity)
+        return TrainIterator(_Batches(documents, seq_len, chunk, batch, mine, self.tokenizer.pad_id, seed), identity)
 
 
 def _corpus_hash(documents: Sequence[sources.Source], train: Sequence[np.ndarray]) -> str:
@@ -157,7 +158,7 @@ class TrainIterator:
         """JSON-able, and the same on every process: a run may go on with another number of processes."""
         state = cast(_State, self._live[0].get_state())
         rows = {name: [[list(piece) for piece in row] for row in getattr(state, name)] for name in ("open", "ready")}
-        return dict(stream=self._identity, next=state.next, **rows)
+        return dict(stream=self._identity, drawn=state.drawn, next=state.next, **rows)
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on exactly after the batches that had been handed out when `state` was taken."""
@@ -169,7 +170,7 @@ class TrainIterator:
                 "it was saved with, or start a new run"
             )
         rows = [tuple(tuple(Piece(*piece) for piece in row) for row in state[name]) for name in ("open", "ready")]
-        self._live[0].set_state(cast(Any, _State(state["next"], *rows)))
+        self._live[0].set_state(cast(Any, _State(state["drawn"], state["next"], *rows)))
 
     def close(self) -> None:
         """Stop the threads; the iterator cannot be used after. Done by itself when the program ends."""
@@ -182,11 +183,12 @@ def _close(live: list[grain.DatasetIterator]) -> None:
 
 
 class _State(NamedTuple):
-    """A place in the row stream: documents read, rows open in the packer, rows packed but not handed out.
+    """A place in the row stream: batches drawn, documents read, rows open in the packer, rows in the pool.
 
     Rows hold places of the document stream, never tokens: they are read and tokenised again on restore.
     """
 
+    drawn: int
     next: int
     open: tuple[tuple[Piece, ...], ...]
     ready: tuple[tuple[Piece, ...], ...]
@@ -196,12 +198,18 @@ class _State(NamedTuple):
 
 
 class _Batches(grain.IterDataset):
-    """The global row stream cut into batches, of which the rows `mine` are built."""
+    """Batches drawn from a pool of the row stream's next rows, of which the rows `mine` are built.
 
-    def __init__(self, documents: grain.MapDataset, seq_len: int, chunk: int, batch: int, mine: slice, pad_id: int):
+    The pool keeps the pieces of a long document, which follow one another in the stream, from filling whole batches.
+    """
+
+    def __init__(
+        self, documents: grain.MapDataset, seq_len: int, chunk: int, batch: int, mine: slice, pad_id: int, seed: int
+    ):  # fmt: skip
         super().__init__()
         self.documents, self.seq_len, self.chunk = documents, seq_len, chunk
-        self.batch_rows, self.mine, self.pad_id = batch, mine, pad_id
+        self.batch_rows, self.mine, self.pad_id, self.seed = batch, mine, pad_id, seed
+        self.pool_rows = max(batch, POOL_TOKENS // seq_len)
 
     def __iter__(self) -> _BatchIterator:
         return _BatchIterator(self)
@@ -214,17 +222,20 @@ class _BatchIterator(grain.DatasetIterator):
         self._packer = Packer(plan.seq_len, plan.chunk)
         options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
         self._reader = iter(plan.documents.to_iter_dataset(options))
-        self._next = 0
+        self._drawn = self._next = 0
         self._ready: list[tuple[Piece, ...]] = []
         self._held: dict[int, Document] = {}
 
     def __next__(self) -> Batch:
         plan = self._plan
-        while len(self._ready) < plan.batch_rows:
+        while len(self._ready) < plan.pool_rows:
             document = self._held[self._next] = next(self._reader)
             self._ready += map(tuple, self._packer.add(self._next, len(document.tokens)))
             self._next += 1
-        rows, self._ready = self._ready[: plan.batch_rows], self._ready[plan.batch_rows :]
+        order = np.random.default_rng((plan.seed, self._drawn)).permutation(len(self._ready))
+        chosen, rest = order[: plan.batch_rows], np.sort(order[plan.batch_rows :])
+        rows, self._ready = [self._ready[i] for i in chosen], [self._ready[i] for i in rest]
+        self._drawn += 1
         batch = stack([build_row(row, self._held, plan.seq_len, plan.pad_id) for row in rows[plan.mine]])
         self._held = {key: self._held[key] for key in self._needed()}
         return batch
@@ -233,10 +244,10 @@ class _BatchIterator(grain.DatasetIterator):
         return {piece.key for row in (*self._packer.snapshot(), *self._ready) for piece in row}
 
     def get_state(self) -> _State:
-        return _State(self._next, self._packer.snapshot(), tuple(self._ready))
+        return _State(self._drawn, self._next, self._packer.snapshot(), tuple(self._ready))
 
     def set_state(self, state: _State) -> None:
-        self._next, self._ready = state.next, list(state.ready)
+        self._drawn, self._next, self._ready = state.drawn, state.next, list(state.ready)
         self._packer.restore(state.open)
         self._reader.set_state({"next_index": state.next})
         self._held = {key: self._read(key) for key in sorted(self._needed())}

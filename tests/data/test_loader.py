@@ -130,7 +130,20 @@ def test_rows_cannot_be_divided_unevenly(corpus):
         corpus.train(4, seq_len=60, chunk=16, seed=0)
 
 
-def test_batches_hold_the_training_documents_and_the_token_shares(corpus):
+def test_a_long_document_does_not_fill_batches(corpus, monkeypatch):
+    """Rows that follow one another in the stream are spread over batches by the pool they are drawn from."""
+
+    def of_one_document() -> int:
+        batches = take(corpus.train(2, seq_len=16, chunk=16, seed=3), 200)
+        return sum(len(documents_of([batch])) == 1 for batch in batches)
+
+    spread = of_one_document()
+    monkeypatch.setattr("data.loader.POOL_TOKENS", 0)
+    assert spread < 10 < 50 < of_one_document()
+
+
+def test_batches_hold_the_training_documents_and_the_token_shares(corpus, monkeypatch):
+    monkeypatch.setattr("data.loader.POOL_TOKENS", 0)  # the first batch is the stream's first rows
     batches = take(corpus.train(4, **GRID, seed=3), 80)
     real = np.concatenate([b.segment_ids > 0 for b in batches])
     domain = np.concatenate([b.domain for b in batches])[real]
