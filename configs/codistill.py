@@ -18,7 +18,7 @@ def tiny() -> RunConfig:
 
     Command:  llama4 train codistill:tiny
     Hardware: 2 CPU cores, after llama4 train pretrain:tiny_behemoth_teacher
-    Result:   @@
+    Result:   TO BE MEASURED
     """
     teacher = replace(
         pretrain.tiny_learner(tiny_behemoth()), optimizer=None, init="run:runs/pretrain-tiny_behemoth_teacher"
@@ -31,7 +31,7 @@ def tiny_cotrained() -> RunConfig:
 
     Command:  llama4 train codistill:tiny_cotrained
     Hardware: 2 CPU cores
-    Result:   @@
+    Result:   TO BE MEASURED
     """
     teacher = pretrain.tiny_learner(tiny_behemoth())
     return replace(pretrain.tiny(), name="codistill:tiny_cotrained", learners={"behemoth": teacher, **_students()})

@@ -9,7 +9,7 @@ from llama4_jax.config import ModelConfig, tiny_behemoth, tiny_scout
 from training.config import Learner, OptimizerConfig, RunConfig, TrainConfig
 
 DATA = DataConfig(vocab_size=2048)
-TRAIN = TrainConfig(steps=250, batch=8, seq_len=256)
+TRAIN = TrainConfig(steps=250, batch=8, seq_len=256, eval_every=50)
 
 
 def tiny_learner(model: ModelConfig) -> Learner:
@@ -23,7 +23,7 @@ def tiny() -> RunConfig:
 
     Command:  llama4 train pretrain:tiny
     Hardware: 2 CPU cores
-    Result:   @@
+    Result:   TO BE MEASURED
     """
     return RunConfig("pretrain:tiny", {"scout": tiny_learner(tiny_scout())}, DATA, train=TRAIN)
 
@@ -33,7 +33,7 @@ def tiny_behemoth_teacher() -> RunConfig:
 
     Command:  llama4 train pretrain:tiny_behemoth_teacher
     Hardware: 2 CPU cores
-    Result:   @@
+    Result:   TO BE MEASURED
     """
     train = replace(TRAIN, steps=500, seed=1)  # its own order of the documents
     return RunConfig(

@@ -17,7 +17,7 @@ from flax import nnx
 from llama4_jax import hf
 from llama4_jax.config import ModelConfig, Rope
 from llama4_jax.text import abstract
-from training.export import router_margin
+from training.verify import router_margin
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden" / "parity.npz"
 BATCH, TOKENS = 2, 44  # over 5.5 chunks of 8, or 2.75 of 16

@@ -1,4 +1,4 @@
-"""Between weights and folders in Hugging Face's format: streamed export, checked import, and verification.
+"""Between weights and folders in Hugging Face's format: streamed export and checked import.
 
 A folder holds `config.json`, shards in the safetensors format and `model.safetensors.index.json`. Format of a shard:
 the header's length (8 bytes, little-endian), the header (JSON: dtype, shape and byte range of every tensor), the
@@ -164,7 +164,7 @@ def _write_meta(
 
 def read_config(folder: epath.PathLike) -> ModelConfig:
     """The model that a Hugging Face folder holds; of a model with vision, its text part."""
-    return hf.config_from_hf(_read_json(epath.Path(folder) / CONFIG))
+    return hf.config_from_hf(read_json(epath.Path(folder) / CONFIG))
 
 
 def load_hf(folder: epath.PathLike, *, shardings: Any = None) -> nnx.State:
@@ -176,11 +176,11 @@ def load_hf(folder: epath.PathLike, *, shardings: Any = None) -> nnx.State:
     `DTYPES`, and none may be left over but the vision parts of a whole model: ValueError names the first that is not.
     """
     folder = epath.Path(folder)
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     whole = hf.is_whole_model(config)
     cfg = hf.config_from_hf(config)
     table = list(hf.tensors(cfg, hf.TEXT_PREFIX if whole else ""))
-    stored = _stored_tensors(folder)
+    stored = stored_tensors(folder)
     _check_stored(table, stored, hf.OTHER_PARTS if whole else ())
 
     state = nnx.split(abstract(cfg))[1]
@@ -245,7 +245,7 @@ def _stacker(shape: tuple[int, ...], sharding: Sharding) -> tuple[Callable[[], j
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """A tensor in a shard."""
 
     file: epath.Path
@@ -263,17 +263,17 @@ class _Stored:
         return np.frombuffer(data, dtype).reshape(last - first, *self.shape[1:])
 
 
-def _stored_tensors(folder: epath.Path) -> dict[str, _Stored]:
+def stored_tensors(folder: epath.Path) -> dict[str, Stored]:
     """Every tensor of the folder's shards, by name."""
     if (folder / INDEX).exists():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{folder / INDEX}: 'weight_map' is missing")
     elif (folder / SINGLE).exists():
         weight_map = dict.fromkeys(_read_header(folder / SINGLE), SINGLE)
     else:
         raise FileNotFoundError(f"{folder} holds neither {INDEX} nor {SINGLE}")
-    stored: dict[str, _Stored] = {}
+    stored: dict[str, Stored] = {}
     for file in sorted({str(file) for file in weight_map.values()}):
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", file):
             raise ValueError(f"{folder / INDEX}: {file!r} is not the name of a file in this folder")
@@ -290,7 +290,7 @@ def _stored_tensors(folder: epath.Path) -> dict[str, _Stored]:
     return stored
 
 
-def _read_header(file: epath.Path) -> dict[str, _Stored]:
+def _read_header(file: epath.Path) -> dict[str, Stored]:
     """A shard's tensors; ValueError where the header is not one, or the tensors do not fill the file exactly."""
     size = file.stat().length
     with file.open("rb") as f:
@@ -299,7 +299,7 @@ def _read_header(file: epath.Path) -> dict[str, _Stored]:
             raise ValueError(f"{file} is not in the safetensors format, or is cut short: a header of {length} bytes")
         header = _parse_json(f.read(length), file)
     header.pop("__metadata__", None)
-    tensors: dict[str, _Stored] = {}
+    tensors: dict[str, Stored] = {}
     end = 0
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -309,7 +309,7 @@ def _read_header(file: epath.Path) -> dict[str, _Stored]:
                 raise ValueError(
                     f"{file}: tensor {name} of shape {shape} in {dtype} cannot lie at bytes {start} to {stop}"
                 )
-            tensors[name] = _Stored(file, dtype, shape, 8 + length + start)
+            tensors[name] = Stored(file, dtype, shape, 8 + length + start)
             end = stop
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: the header is not in the safetensors format ({error!r})") from None
@@ -318,7 +318,7 @@ def _read_header(file: epath.Path) -> dict[str, _Stored]:
     return tensors
 
 
-def _check_stored(table: list[hf.Tensor], stored: dict[str, _Stored], others: tuple[str, ...]) -> None:
+def _check_stored(table: list[hf.Tensor], stored: dict[str, Stored], others: tuple[str, ...]) -> None:
     for t in table:
         if t.name not in stored:
             raise ValueError(f"tensor {t.name} is missing: expected shape {t.shape}")
@@ -334,7 +334,7 @@ def _check_stored(table: list[hf.Tensor], stored: dict[str, _Stored], others: tu
         raise ValueError(f"tensor {left[0]} in {stored[left[0]].file} is none of this model's ({len(left)} left over)")
 
 
-def _read_json(file: epath.Path) -> dict[str, Any]:
+def read_json(file: epath.Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: not a folder in Hugging Face's format")
     return _parse_json(file.read_bytes(), file)
@@ -348,100 +348,3 @@ def _parse_json(text: bytes, file: epath.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{file} does not hold a JSON object")
     return value
-
-
-# --- verification --------------------------------------------------------------------------------------------------
-
-MARGIN = 1e-5
-"""Two router logits closer than this, relative to the largest, may change places by rounding alone."""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How far our logits are from those of transformers, on the same weights and tokens in fp32."""
-
-    max_relative_error: float
-    """max |ours - theirs| / max |theirs| over all tokens and the vocabulary."""
-    router_margin: float
-    """Smallest gap between the last expert chosen and the first that was not, relative to the largest logit."""
-    tolerance: float
-    """What the error may be."""
-    dtype: str
-    """As which the weights are stored."""
-    tokens: int
-    """Length of the sequences compared."""
-    chunks: int
-    """Chunks of local attention they touch."""
-
-    @property
-    def ok(self) -> bool:
-        return self.max_relative_error <= self.tolerance
-
-    @property
-    def undecided(self) -> bool:
-        """The logits differ, but a token was so near to another expert that rounding can have moved it."""
-        return not self.ok and self.router_margin < MARGIN
-
-    def __str__(self) -> str:
-        verdict = "equal" if self.ok else "undecided" if self.undecided else "DIFFERENT"
-        hint = "; a token lies between two experts: repeat with another seed" if self.undecided else ""
-        return (
-            f"{verdict}: max |a - b| / max |b| = {self.max_relative_error:.2e} (tolerance {self.tolerance:.0e}), "
-            f"router margin {self.router_margin:.2e}, {self.dtype} weights, {self.tokens} tokens over "
-            f"{self.chunks} chunks{hint}"
-        )
-
-
-def verify(
-    folder: epath.PathLike, tolerance: float = 1e-4, tokens: int | None = None, *, batch: int = 2, seed: int = 0
-) -> Verification:
-    """Load a folder with this model and with transformers (fp32, eager attention, CPU) and compare the logits.
-
-    `tokens`: length of the `batch` random sequences; by default three and a half chunks, at most 4096 tokens
-    (eager attention holds T^2 scores a head). Both models in turn must fit into memory in fp32.
-    """
-    folder = epath.Path(folder)
-    cfg = read_config(folder)
-    stored = _stored_tensors(folder)
-    tokens = min(3 * cfg.chunk + cfg.chunk // 2, 4096) if tokens is None else tokens
-    ids_BT = np.random.default_rng(seed).integers(0, cfg.vocab_size, (batch, tokens), dtype=np.int32)
-    theirs_BTV, margin = _transformers_logits(folder, ids_BT, cfg.experts_per_token)
-    graphdef = nnx.split(abstract(cfg))[0]
-    with jax.default_matmul_precision("highest"):
-        logits = jax.jit(lambda params, ids_BT: nnx.merge(graphdef, params).logits(ids_BT))
-        ours_BTV = np.asarray(logits(load_hf(folder), ids_BT))
-    return Verification(
-        max_relative_error=float(np.max(np.abs(ours_BTV - theirs_BTV)) / np.max(np.abs(theirs_BTV))),
-        router_margin=margin,
-        tolerance=tolerance,
-        dtype=", ".join(sorted({DTYPES[s.dtype].name for s in stored.values() if s.dtype in DTYPES})),
-        tokens=tokens,
-        chunks=-(-tokens // cfg.chunk),
-    )
-
-
-def _transformers_logits(folder: epath.Path, ids_BT: np.ndarray, k: int) -> tuple[np.ndarray, float]:
-    """Logits [B, T, V] of transformers, and the smallest relative router margin over tokens and layers."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-        from transformers import Llama4ForCausalLM  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(f"verification needs transformers and torch: install the extra [verify] ({error})") from None
-    load: Any = Llama4ForCausalLM.from_pretrained  # a pair with output_loading_info
-    model, info = load(
-        os.fspath(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True,
-        output_loading_info=True,
-    )  # fmt: skip
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"transformers finds no weights for {missing[0]} in {folder}")
-    with torch.no_grad():
-        out = model.eval()(torch.from_numpy(ids_BT).long(), use_cache=False, output_router_logits=True)
-    return out.logits.numpy(), min(router_margin(z_RE.numpy(), k) for z_RE in out.router_logits)
-
-
-def router_margin(logits_RE: np.ndarray, k: int) -> float:
-    """min over tokens of (k-th largest - next) / max |logits|; infinite if every expert is chosen."""
-    if k == logits_RE.shape[1]:
-        return math.inf
-    sorted_RE = np.sort(logits_RE, axis=1)
-    return float(np.min(sorted_RE[:, -k] - sorted_RE[:, -k - 1]) / np.max(np.abs(logits_RE)))

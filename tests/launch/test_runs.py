@@ -75,16 +75,16 @@ def data(train: str) -> str:
 
 
 def test_verify_has_the_status_of_its_verdict(monkeypatch, capsys):
-    from training import export
+    from training import verify as module
 
-    def verify(folder: str, tolerance: float, tokens: int | None, *, seed: int) -> export.Verification:
-        return export.Verification(1e-6, 0.1, tolerance, "float32", 64, 4)
+    def verify(folder: str, tolerance: float, tokens: int | None, *, against: str, seed: int) -> module.Verification:
+        return module.Verification(against, 1e-6, 0.1, tolerance, "float32", 64, 4)
 
-    monkeypatch.setattr(export, "verify", verify)
+    monkeypatch.setattr(module, "verify", verify)
     result = output("verify hf", capsys)
     assert result["ok"] and result["max_relative_error"] == 1e-6 and result["text"].startswith("equal")
     assert cli.main(["verify", "hf", "--tolerance", "1e-7"]) == 1
-    assert "hf: DIFFERENT" in capsys.readouterr().out
+    assert "hf: NOT EQUAL to transformers" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_demo_goes_on_and_does_nothing_twice(train: str, capsys, monkeypatch):
     for student in ("maverick", "scout"):
         exported = Path(first["export"][student]["folder"])
         assert (exported / "config.json").exists() and (exported / "tokenizer.model").exists()
-        assert first["verify"][student] is None or first["verify"][student]["ok"]
+        assert first["verify"][student]["ok"]
     assert [text["learner"] for text in first["samples"]["codistill"]] == ["scout"] * 4 + ["maverick"] * 4
     page = Path(first["report"]).read_text()
     assert all(name in page for name in ("behemoth", "maverick", "scout", "demo/hf-scout"))
