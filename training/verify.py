@@ -56,8 +56,8 @@ class Verification:
         hint = "; a token lies between two experts: repeat with another seed" if self.undecided else ""
         return (
             f"{verdict} to {self.against}: max |a - b| / max |b| = {self.max_relative_error:.2e} "
-            f"(tolerance {self.tolerance:.0e}), router margin {self.router_margin:.2e}, {self.dtype} weights, {self.tokens} tokens over "
-            f"{self.chunks} chunks{hint}"
+            f"(tolerance {self.tolerance:.0e}), router margin {self.router_margin:.2e}, {self.dtype} weights, "
+            f"{self.tokens} tokens over {self.chunks} chunks{hint}"
         )
 
 
