@@ -208,7 +208,7 @@ class _Batches(grain.IterDataset):
     ):  # fmt: skip
         super().__init__()
         self.documents, self.seq_len, self.chunk = documents, seq_len, chunk
-        self.batch_rows, self.mine, self.pad_id, self.seed = batch, mine, pad_id, seed
+        self.batch_rows, self.mine, self.pad_id, self.draw_seed = batch, mine, pad_id, seed
         self.pool_rows = max(batch, POOL_TOKENS // seq_len)
 
     def __iter__(self) -> _BatchIterator:
@@ -232,7 +232,7 @@ class _BatchIterator(grain.DatasetIterator):
             document = self._held[self._next] = next(self._reader)
             self._ready += map(tuple, self._packer.add(self._next, len(document.tokens)))
             self._next += 1
-        order = np.random.default_rng((plan.seed, self._drawn)).permutation(len(self._ready))
+        order = np.random.default_rng((plan.draw_seed, self._drawn)).permutation(len(self._ready))
         chosen, rest = order[: plan.batch_rows], np.sort(order[plan.batch_rows :])
         rows, self._ready = [self._ready[i] for i in chosen], [self._ready[i] for i in rest]
         self._drawn += 1

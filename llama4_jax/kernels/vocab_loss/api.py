@@ -36,7 +36,7 @@ def vocab_loss(
         raise ValueError("a teacher and soft weights go together")
     R = h_RD.shape[0]
     chunk = min(chunk, R)
-    teacher_RU, teacher_UV = teacher or (None, None)  # pyright: ignore[reportGeneralTypeIssues]
+    teacher_RU, teacher_UV = teacher or (None, None)
     targets = chunked.Targets(labels_R, hard_R, soft_R, teacher_RU, teacher_UV)
     if padding := -R % chunk:  # rows that weigh nothing
 
@@ -46,5 +46,8 @@ def vocab_loss(
         h_RD = pad(h_RD)
         targets = jax.tree.map(pad, targets._replace(teacher_UV=None))._replace(teacher_UV=targets.teacher_UV)
     targets = jax.lax.stop_gradient(targets)
-    share, ce_R, kl_R = chunked.loss(h_RD, w_DV, targets, temperature, chunk, axis)
+    losses: tuple[jax.Array, jax.Array, jax.Array] = chunked.loss(  # pyright: ignore[reportAssignmentType]
+        h_RD, w_DV, targets, temperature, chunk, axis
+    )
+    share, ce_R, kl_R = losses
     return share, jax.lax.stop_gradient(ce_R[:R]), jax.lax.stop_gradient(kl_R[:R])

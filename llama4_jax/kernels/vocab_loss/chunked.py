@@ -31,7 +31,9 @@ class Targets(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def loss(h_RD, w_DV, targets: Targets, temperature: float, chunk: int, axis: str | None):
+def loss(
+    h_RD: jax.Array, w_DV: jax.Array, targets: Targets, temperature: float, chunk: int, axis: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(this device's share of the loss, CE_R, KL_R); only the first is differentiable. `chunk` divides R."""
     share, ce_R, kl_R, _ = _scan(h_RD, w_DV, targets, temperature, chunk, axis, with_gradient=False)
     return share, ce_R, kl_R
