@@ -4,8 +4,8 @@ A command is a module with `add_arguments(parser)` and `run(args) -> exit status
 so that `llama4 X --help` answers at once. Options that a command with `TAKES_OVERRIDES` does not know are fields of the
 run's configuration (`launch/overrides.py`); they arrive as `args.overrides`.
 
-Exit status: 0 done, 1 failed (with the traceback of what nobody foresaw), 2 wrong input (one line on stderr),
-130 and 143 stopped by Ctrl-C and SIGTERM.
+Exit status: 0 done, 1 failed (diverged, not equal, or with the traceback of what nobody foresaw), 2 wrong input (one
+line on stderr), 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import NoReturn
 from launch import overrides
 
 COMMANDS = {
-    "demo": ("launch.demo", "train a tiny model on this machine, export it, verify it, and let it write"),
+    "demo": ("launch.demo", "train a tiny teacher and two students here, export, verify, let them write, report"),
     "train": ("launch.train", "train a preset, with any of its fields overridden"),
     "export": ("launch.export", "turn a run's checkpoint into a Hugging Face folder"),
     "import": ("launch.import_", "turn a Hugging Face folder into a run's checkpoint"),
-    "verify": ("launch.verify", "compare a Hugging Face folder's logits with those of transformers"),
+    "verify": ("launch.verify", "compare a Hugging Face folder's logits with transformers' or a NumPy oracle's"),
     "inspect": ("launch.inspect", "show a model's layers and count its parameters"),
     "report": ("launch.report", "write a page about a run, or about several side by side"),
     "data": ("launch.data", "show what a run would read"),
@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"llama4: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"llama4: error: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -129,7 +129,7 @@ def _show(summary: dict[str, Any]) -> None:
     console.print(
         f"[bold]{summary['name']}[/bold]: {_short(parameters['total'])} parameters, "
         f"{_short(parameters['active'])} active; {cfg['num_layers']} layers, width {cfg['embed_dim']}, "
-        f"{cfg['num_heads']}/{cfg['num_kv_heads']} heads of {cfg['head_dim']}, vocabulary {cfg['vocab_size']}, "
+        f"{cfg['num_heads']}/{cfg['num_kv_heads']} heads of {cfg['head_dim']},\nvocabulary {cfg['vocab_size']}, "
         f"chunks of {cfg['chunk']}"
     )
     title = "Layers (MoE k/E: a token visits k of E routed experts, and a shared one)"

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import re
 import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -25,7 +26,10 @@ def add_name(parser: argparse.ArgumentParser, default: str = "", also: str = "")
     what = f"a preset{also}{f' (default: {default})' if default else ''}"
     parser.add_argument("name", metavar="NAME", nargs="?", default=default, help=what)
     parser.add_argument("-h", "--help", nargs=0, action=_Help, help="show this; after a NAME, all its fields")
-    lines = "\n".join(f"  {name:24} {(inspect.getdoc(f) or '').splitlines()[0]}" for name, f in configs.PRESETS.items())
+    width = max(map(len, configs.PRESETS))
+    lines = "\n".join(
+        f"  {name:{width}} {(inspect.getdoc(f) or '').splitlines()[0]}" for name, f in configs.PRESETS.items()
+    )
     parser.epilog = (
         f"presets:\n{lines}\n\n{parser.prog} NAME --help lists the fields of a preset: each can be given on the "
         "command line, e.g.\n  --train.steps 100 --mesh.expert 8 --data.jsonl DIR --data.weights code 0.3 prose 0.7"
@@ -34,7 +38,7 @@ def add_name(parser: argparse.ArgumentParser, default: str = "", also: str = "")
 
 class _Help(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        if namespace.name:
+        if namespace.name and namespace.name != parser.get_default("name"):
             print_fields(configs.find(namespace.name), f"{parser.prog} {namespace.name}")
         else:
             parser.print_help()
@@ -134,8 +138,10 @@ def _value(option: str, kind: Any, words: list[str]) -> Any:
         if len(flat) % 2:
             raise ValueError(f"{option} takes pairs, e.g. code 0.3 prose 0.7, not {' '.join(words)!r}")
         return {key: _value(f"{option} {key}", typing.get_args(kind)[1], [v]) for key, v in zip(*[iter(flat)] * 2)}  # noqa: B905
+    if not words:
+        raise ValueError(f"{option} needs a value")
     if len(words) != 1:
-        raise ValueError(f"{option} takes one value, not {len(words)}{': ' + ' '.join(words) if words else ''}")
+        raise ValueError(f"{option} takes one value, not {len(words)}: {' '.join(words)}")
     word = words[0]
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ("true", "false") if kind is bool else ()
     if choices:
@@ -180,6 +186,6 @@ def print_fields(cfg: RunConfig, prog: str) -> None:
         fields = [(n, hint, dataclasses.field(default=value)) for n, (hint, value) in {**out, **rest, **short}.items()]
         kind = dataclasses.make_dataclass("Fields", fields, frozen=True)
         default = kind()
-    about = (inspect.getdoc(configs.PRESETS[cfg.name]) or "").replace("\n", "\n\n")  # tyro joins lines
+    about = re.sub(r"\n+", "\n\n", inspect.getdoc(configs.PRESETS[cfg.name]) or "")  # tyro joins single lines
     tyro.cli(kind, default=default, prog=prog, args=["--help"], description=about,
              config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))  # fmt: skip

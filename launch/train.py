@@ -40,6 +40,8 @@ def find(name: str) -> RunConfig:
 
     stored = epath.Path(name) / "config.json"
     if not stored.exists():
+        if "/" in name or epath.Path(name).exists():
+            raise FileNotFoundError(f"no run in {name}: {stored} is missing")
         return configs.find(name)
     from training.checkpoint import config_from_json
 

@@ -103,8 +103,9 @@ class Execution:
     """Dtype of activations and of the weights as used; masters stay fp32."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over the mesh."""
-    remat: Literal["none", "layer", "block"] = "block"
-    """What the backward pass recomputes: nothing, each layer, or each period of layers."""
+    remat: Literal["none", "layer", "block", "nested"] = "block"
+    """What the backward pass recomputes: nothing; each layer from its input; each period of layers from its input,
+    whose gathered weights then live together; or both, twice the work for the least memory."""
     rules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: RULES)
     """Logical axis -> mesh axes it is stored over."""
 

@@ -43,7 +43,7 @@ class ModelConfig:
     """One member of the family. Sizes carry the house letters (`llama4_jax/axes.py`)."""
 
     vocab_size: int = 202_048
-    """V."""
+    """V, tokens of the vocabulary."""
     embed_dim: int = 5120
     """D, the width of the residual stream."""
     num_layers: int = 48
@@ -53,13 +53,13 @@ class ModelConfig:
     num_kv_heads: int = 8
     """K, key and value heads; N is a multiple of it."""
     head_dim: int = 128
-    """H; even."""
+    """H, width of a head; even."""
     dense_dim: int = 16_384
     """F of dense layers."""
     expert_dim: int = 8192
     """F of the routed experts and of the shared one."""
     num_experts: int = 16
-    """E."""
+    """E, routed experts of a MoE layer."""
     experts_per_token: int = 1
     """Routed experts a token visits beside the shared one."""
     moe_every: int = 1

@@ -313,6 +313,8 @@ def _rope(config: Mapping[str, Any]) -> Rope:
         raise ValueError(f"config.json: {min(unknown)!r} in the RoPE scaling is not a setting this model knows")
     theta = _typed("rope_theta", given.get("rope_theta", config.get("rope_theta", 500_000.0)), 1.0)
     if kind == "default":
+        if ignored := given.keys() & names.keys():
+            raise ValueError(f"config.json: RoPE scaling has {min(ignored)!r} but not the rope_type 'llama3'")
         return Rope(theta=theta)
     if missing := [name for name in names if name not in given]:
         raise ValueError(f"config.json: {missing[0]!r} is missing in the RoPE scaling")

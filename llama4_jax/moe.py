@@ -15,6 +15,8 @@ from llama4_jax.config import ModelConfig
 from llama4_jax.kernels.grouped_matmul.api import default_backend, grouped_matmul, rows_multiple
 from llama4_jax.layers import SwiGLU
 
+EXACT = jax.lax.Precision.HIGHEST  # without it, TPUs and GPUs multiply fp32 as bf16 or TF32
+
 
 class RouterStats(NamedTuple):
     """Sums over this device's valid tokens, a row per MoE layer once stacked: what the auxiliary losses need."""
@@ -75,7 +77,7 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
         with jax.named_scope("router"):
-            logits_RE = x_RD.astype(jnp.float32) @ self.router_DE[...]
+            logits_RE = jnp.matmul(x_RD.astype(jnp.float32), self.router_DE[...], precision=EXACT)
             z_RA, chosen_RA = jax.lax.top_k(logits_RE, self.cfg.experts_per_token)
             stats = _statistics(logits_RE, chosen_RA, valid_BT.reshape(-1))
         with jax.named_scope("experts"):
@@ -109,8 +111,8 @@ class MoE(nnx.Module):
 def _statistics(logits_RE: jax.Array, chosen_RA: jax.Array, valid_R: jax.Array) -> RouterStats:
     one_hot_RE = jax.nn.one_hot(chosen_RA, logits_RE.shape[-1], dtype=jnp.float32).sum(axis=1)
     return RouterStats(
-        load=valid_R @ one_hot_RE,
-        probability=valid_R @ jax.nn.softmax(logits_RE, axis=-1),
-        z=valid_R @ jnp.square(jax.nn.logsumexp(logits_RE, axis=-1)),
+        load=(valid_R[:, None] * one_hot_RE).sum(axis=0),
+        probability=(valid_R[:, None] * jax.nn.softmax(logits_RE, axis=-1)).sum(axis=0),
+        z=(valid_R * jnp.square(jax.nn.logsumexp(logits_RE, axis=-1))).sum(),
         tokens=valid_R.sum(),
     )

@@ -53,7 +53,7 @@ class Output(NamedTuple):
 
     hidden: Float[Array, "B T D"]  # after the final norm
     unembedding: Float[Array, "D V"]  # this device's columns of the vocabulary, in the compute dtype
-    router: RouterStats | None  # stacked over MoE layers; this device's sums; None for a model without experts
+    router: RouterStats  # stacked over MoE layers (a period has at least one); this device's sums
 
 
 class Transformer(nnx.Module):
@@ -84,22 +84,22 @@ class Transformer(nnx.Module):
             for i in range(self.cfg.period):
 
                 def run_layer(x_BTD, stored, i=i):
-                    # Fetching here, inside what is recomputed, keeps gathered weights from living on.
+                    # Fetched inside what is recomputed: with `layer` and `nested` one layer's weights live at a time.
                     layers = nnx.merge(graphdef, stored).layers
                     return execution.fetch_module(layers[i])(x_BTD, positions_BT, segment_ids_BT)
 
-                if execution.remat == "layer":
+                if execution.remat in ("layer", "nested"):
                     run_layer = jax.checkpoint(run_layer, prevent_cse=False)
                 with jax.named_scope(f"layer_{i}"):
                     x_BTD, stats = run_layer(x_BTD, stored)
                 all_stats += [stats] if stats is not None else []
-            return x_BTD, jax.tree.map(lambda *s: jnp.stack(s), *all_stats) if all_stats else None
+            return x_BTD, jax.tree.map(lambda *s: jnp.stack(s), *all_stats)
 
-        if execution.remat == "block":
+        if execution.remat in ("block", "nested"):
             run_block = jax.checkpoint(run_block, prevent_cse=False)
         x_BTD, stats = jax.lax.scan(run_block, x_BTD, stacked)
-        if stats is not None:  # [blocks, MoE layers of a block, ...] -> [MoE layers, ...]
-            stats = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
+        # [blocks, MoE layers of a block, ...] -> [MoE layers, ...]
+        stats = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
         with jax.named_scope("final_norm"):
             x_BTD = execution.fetch_module(self.final_norm)(x_BTD)
         return Output(x_BTD, execution.fetch_module(self.unembedding).kernel_DV[...], stats)

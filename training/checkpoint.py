@@ -270,10 +270,10 @@ def restore_params(
 
 
 def abstract_params(cfg: RunConfig, learner: str, mesh: Mesh | None = None) -> nnx.State:
-    """Shapes, dtypes and shardings of a learner's weights on `mesh`, or on the first device."""
+    """Shapes, dtypes and shardings of a learner's weights on `mesh`, or on this process's first device."""
     params = nnx.split(abstract(cfg.learners[learner].model))[1]
     if mesh is None:
-        placed: Any = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), params)
+        placed: Any = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), params)
     else:
         placed = shardings(mesh, execution(cfg.learners[learner]).specs(params))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed)

@@ -24,7 +24,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-4
     """Peak, held between warm-up and decay."""
     warmup: int = 100
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up; the first has peak/warmup."""
     decay: float = 0.2
     """Last share of the steps, over which the rate falls linearly."""
     final: float = 0.1
@@ -43,6 +43,10 @@ class OptimizerConfig:
     def __post_init__(self):
         _check(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
         _check(0 <= self.decay <= 1, f"optimizer.decay is a share of the steps, 0 to 1, not {self.decay}")
+        _check(self.warmup >= 0, f"optimizer.warmup must be at least 0, not {self.warmup}")
+        _check(0 <= self.final <= 1, f"optimizer.final is a share of the peak, 0 to 1, not {self.final}")
+        _check(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optimizer.b1 and b2 lie in [0, 1), not {self.b1}, {self.b2}")
+        _check(self.weight_decay >= 0, f"optimizer.weight_decay must be at least 0, not {self.weight_decay}")
         _check(self.clip > 0, f"optimizer.clip must be positive, not {self.clip}")
 
 
@@ -77,7 +81,7 @@ class Learner:
     init: str = ""
     """Where its weights come from: empty for random, hf:DIR for a Hugging Face folder, run:DIR for another run."""
     microbatches: int = 1
-    """Parts of a batch that each device runs one after the other, summing gradients."""
+    """Parts of a batch that each device runs one after the other, summing gradients (router's losses are of a part)."""
     router_balance: float = 0.01
     """Weight of the router's balance loss."""
     router_z: float = 0.001
@@ -86,11 +90,13 @@ class Learner:
     """Dtype of activations and of the weights as used; master weights are fp32."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over the mesh; bfloat16 halves that traffic."""
-    remat: Literal["none", "layer", "block"] = "block"
-    """What the backward pass recomputes: nothing, each layer, or each period of layers."""
+    remat: Literal["none", "layer", "block", "nested"] = "block"
+    """What the backward pass recomputes: nothing, each layer, each period of layers, or both (least memory)."""
 
     def __post_init__(self):
         _check(self.microbatches >= 1, f"microbatches must be at least 1, not {self.microbatches}")
+        _check(not self.init or self.init.startswith(("hf:", "run:")),
+               f"init must be empty, hf:DIR or run:DIR, not {self.init!r}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class MeshConfig:
     fsdp: int = -1
     """Data parallel with sharded weights."""
     expert: int = 1
-    """Data parallel with the experts spread over it."""
+    """Data parallel; the experts are stored over it, and gathered for use like all weights."""
     context: int = 1
     """The sequence is split over it."""
     tensor: int = 1
@@ -139,7 +145,8 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            _check(value >= (0 if name == "seed" else 1), f"train.{name} must be at least 1, not {value}")
+            least = 0 if name == "seed" else 1
+            _check(value >= least, f"train.{name} must be at least {least}, not {value}")
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,7 @@ class RunConfig:
             teacher = learner.distillation.teacher
             listed = ", ".join(before) or "none"
             _check(not teacher or teacher in before,
-                   f"{name}'s teacher {teacher!r} is not among the learners before it ({listed})")  # fmt: skip
+                   f"{name}'s teacher {teacher!r} is not among the learners before it: {listed}")  # fmt: skip
             _check(
                 not teacher or learner.optimizer is not None, f"{name} is frozen, so it cannot learn from {teacher!r}"
             )

@@ -14,11 +14,13 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from data import tokenizer
 from data.batch import Batch
 from data.loader import Corpus
 from llama4_jax.config import ModelConfig, Rope
@@ -57,6 +59,8 @@ def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = 
     record = run_record(cfg, corpus.tokenizer.hash)
     newest, changes = _find_start(folder, record)
     start, steps = newest or 0, cfg.train.steps
+    if newest is None:
+        _check_sources(cfg, corpus)
     if start >= steps:
         return _say(log, _summary(cfg, folder, start, None), f"{folder} is complete already: {start} steps of {steps}")
 
@@ -131,11 +135,15 @@ def initial_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
             params = load_hf(source, shardings=jax.tree.map(lambda x: x.sharding, like))
         elif kind == "run":
             theirs = load_config(source).learners
-            same = name if name in theirs else None  # else it must be their only one
+            if name not in theirs and len(theirs) > 1:
+                raise ValueError(
+                    f"{name}'s init {learner.init} holds {', '.join(theirs)}, none of them called {name!r}"
+                )
+            same = name if name in theirs else None  # else it is their only one
             _check_architecture(name, learner.init, learner.model, theirs[same or next(iter(theirs))].model)
             params = restore_params(source, same, mesh=mesh).params
-        else:
-            raise ValueError(f"{name}'s init must be empty, hf:DIR or run:DIR, not {learner.init!r}")
+        else:  # the configuration has checked it
+            raise AssertionError(learner.init)
         state.learners[name] = state.learners[name]._replace(params=params)
     return state
 
@@ -165,6 +173,23 @@ def _check_vocabulary(cfg: RunConfig, corpus: Corpus) -> None:
             raise ValueError(
                 f"{name}'s model.vocab_size is {learner.model.vocab_size}, but the tokenizer has "
                 f"{corpus.tokenizer.vocab_size} tokens"
+            )
+
+
+def _check_sources(cfg: RunConfig, corpus: Corpus) -> None:
+    """Weights that a learner begins with are there, and mean by a token id what this run means by it.
+
+    A folder without a tokenizer that is ours to read (a checkpoint from elsewhere) is taken at its word.
+    """
+    for name, learner in cfg.learners.items():
+        folder = epath.Path(learner.init.partition(":")[2])
+        if learner.init and not (folder / CONFIG).exists():
+            hint = "; train it first" if learner.init.startswith("run:") else ""
+            raise FileNotFoundError(f"{name}'s init is {learner.init}, but {folder / CONFIG} is missing{hint}")
+        source = folder / tokenizer.MODEL_FILE
+        if learner.init and source.exists() and tokenizer.load(source).hash != corpus.tokenizer.hash:
+            raise ValueError(
+                f"{name}'s {learner.init} has another tokenizer than this run: give --data.tokenizer {source}"
             )
 
 
@@ -257,6 +282,12 @@ class _Reporter:
             return
         (step, metrics, wait), self._pending = self._pending, None
         values = jax.device_get(metrics)
+        for name, of in values.items():
+            if not np.isfinite(of["grad_norm"]):
+                raise FloatingPointError(
+                    f"step {step}: {name}'s gradient norm is {of['grad_norm']}, so its weights are lost; the newest "
+                    f"checkpoint is from before. Lower its learning rate, or look at the data of this step"
+                )
         if self._compiled:
             self._throughput.add(float(next(iter(values.values()))["sums"].tokens), wait)
         else:  # the first step's time was the compiler's

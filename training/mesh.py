@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama4_jax.axes import BATCH_AXES, CONTEXT, MESH_AXES
+from llama4_jax.axes import BATCH_AXES, CONTEXT, MESH_AXES, TENSOR
 from llama4_jax.config import ModelConfig
 from training.config import MeshConfig, RunConfig
 
@@ -26,7 +26,7 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if int(np.prod(sizes)) != len(devices):
         shape = " x ".join(f"{n} {s}" for n, s in zip(MESH_AXES, sizes, strict=True))
-        raise ValueError(f"the mesh ({shape}) has {int(np.prod(sizes))} places but there are {len(devices)} devices")
+        raise ValueError(f"the mesh ({shape}) needs {int(np.prod(sizes))} devices, but there are {len(devices)}")
     return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices)
 
 
@@ -38,6 +38,13 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 def check_fits(cfg: RunConfig, mesh: Mesh) -> None:
     """ValueError, in a line, for a batch or a model that cannot be split over the mesh as it is."""
     size = mesh.shape
+    shared = size[CONTEXT] * size[TENSOR]
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(-1, shared)
+    if (owners != owners[:, :1]).any():
+        raise ValueError(
+            f"mesh.context x mesh.tensor ({shared}) must lie within one process's devices: "
+            "rows are dealt out by process"
+        )
     if cfg.train.seq_len % size[CONTEXT]:
         raise ValueError(f"train.seq_len ({cfg.train.seq_len}) must be a multiple of mesh.context ({size[CONTEXT]})")
     for name, learner in cfg.learners.items():
@@ -61,4 +68,5 @@ def _divisions(model: ModelConfig) -> list[tuple[str, int, tuple[str, ...]]]:
         ("expert_dim", model.expert_dim, ("tensor",)),
         ("dense_dim", model.dense_dim, ("tensor",)),
         ("embed_dim", model.embed_dim, ("fsdp", "expert", "context")),
-    ] + ([("num_experts", model.num_experts, ("expert",))] if model.num_moe_layers else [])
+        ("num_experts", model.num_experts, ("expert",)),
+    ]

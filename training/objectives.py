@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from data.batch import Batch
 from llama4_jax.axes import MESH_AXES, TENSOR, TOKEN_AXES, axis_size, present, psum
 from llama4_jax.kernels.vocab_loss.api import vocab_loss
-from llama4_jax.moe import RouterStats, router_losses
+from llama4_jax.moe import router_losses
 from llama4_jax.text import Output
 from training.config import Distillation, Learner
 
@@ -72,17 +72,13 @@ def objective(
         axis=TENSOR if present(TENSOR) else None,
     )  # fmt: skip
     tokens = psum(mask_R.sum(), TOKEN_AXES)
-    balance, z, load = _router(out.router, learner)
+    balance, z, router = router_losses(out.router, learner.model.experts_per_token)
     devices = math.prod(axis_size(name) for name in MESH_AXES)
     share += tokens * (learner.router_balance * balance + learner.router_z * z) / devices
     by_domain = jax.nn.one_hot(batch.domain.reshape(-1), domains, dtype=jnp.float32) * mask_R[:, None]
-    domain_tokens, domain_ce, domain_kl = psum((by_domain.sum(axis=0), ce_R @ by_domain, kl_R @ by_domain), TOKEN_AXES)
-    sums = Sums(tokens, domain_tokens, domain_ce, domain_kl, tokens * balance, tokens * z, load)
+    domain_tokens, domain_ce, domain_kl = psum(
+        (by_domain.sum(axis=0), (ce_R[:, None] * by_domain).sum(axis=0), (kl_R[:, None] * by_domain).sum(axis=0)),
+        TOKEN_AXES,
+    )
+    sums = Sums(tokens, domain_tokens, domain_ce, domain_kl, tokens * balance, tokens * z, router.load)
     return share, jax.lax.stop_gradient(sums)
-
-
-def _router(stats: RouterStats | None, learner: Learner) -> tuple[jax.Array, jax.Array, jax.Array]:
-    if stats is None:
-        return jnp.float32(0), jnp.float32(0), jnp.zeros((0, 0))
-    balance, z, total = router_losses(stats, learner.model.experts_per_token)
-    return balance, z, total.load

@@ -14,9 +14,10 @@ from training.config import OptimizerConfig
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> Callable[..., jax.Array]:
-    """Rate at each step: linear warm-up, the peak held, a linear fall over the last `decay` share to `final`.
+    """Rate at each step: linear warm-up, the peak held, a linear fall over the last `decay` share of the steps.
 
-    Of the first step it is peak/warmup, not 0, so that no step is lost.
+    Of the first step it is peak/warmup, not 0, so that no step is lost; `final` is where the fall would come to after
+    the last step.
     """
     warmup = min(cfg.warmup, steps)
     start = steps - round(cfg.decay * steps)  # of the fall

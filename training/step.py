@@ -53,9 +53,9 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, domains: int) -> StepFn:
                 grads, sums, hidden = take(params, batch, mix, taught.get(teacher))
                 learners[name], norm = update(learner.optimizer, cfg.train.steps, state.learners[name], grads)
                 metrics[name] = dict(sums=sums, grad_norm=norm, learning_rate=rate, hard=mix[0], soft=mix[1])
+            # The barrier ends this learner before the next one starts: their residuals do not live side by side.
+            batch, learners[name], hidden = jax.lax.optimization_barrier((batch, learners[name], hidden))
             if name in teachers:
-                # The barrier ends this learner before its students start: its residuals do not live beside theirs.
-                hidden, learners[name] = jax.lax.optimization_barrier((hidden, learners[name]))
                 taught[name] = Taught(jax.lax.stop_gradient(hidden), params["unembedding"])
         return TrainState(state.step + 1, learners), metrics
 

@@ -100,13 +100,13 @@ def verify(
 
 def _numpy_logits(folder: epath.Path, ids_BT: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """Logits [B, T, V] of the oracle, and the router's of each MoE layer."""
-    config, stored = read_json(folder / CONFIG), stored_tensors(folder)
-    prefix = hf.TEXT_PREFIX if hf.is_whole_model(config) else ""
+    stored = stored_tensors(folder)
+    prefix = hf.TEXT_PREFIX if hf.is_whole_model(read_json(folder / CONFIG)) else ""
 
     def weight(name: str) -> np.ndarray:
         return stored[name].read(0, stored[name].shape[0]).astype(np.float32)
 
-    return oracle.logits(config.get("text_config", config), weight, ids_BT, prefix)
+    return oracle.logits(hf.config_to_hf(read_config(folder)), weight, ids_BT, prefix)  # settings in one spelling
 
 
 def _transformers_logits(folder: epath.Path, ids_BT: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:

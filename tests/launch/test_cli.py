@@ -105,7 +105,7 @@ def test_help_and_mistakes_import_nothing_heavy():
     done = python(code)
     assert done.returncode == 0, done.stderr
     assert "--train.steps INT" in done.stdout and "Optimizer steps. (default:" in done.stdout
-    assert "pretrain:tiny            A tiny Scout" in done.stdout
+    assert "A tiny Scout on the embedded text" in done.stdout
 
 
 def test_every_command_is_one(capsys):

@@ -21,7 +21,7 @@ def test_data_describes_what_is_read(corpus: Path, capsys):
     assert (long["documents"], short["documents"]) == (200, 100)
     assert all(d["train"] + d["heldout"] == d["documents"] and d["heldout"] > 0 for d in (long, short))
     assert (long["share"], short["share"]) == (0.25, 0.75)
-    assert facts["packing"]["seq_len"] == 512 and 0.9 < facts["packing"]["fill"] <= 1
+    assert facts["packing"]["seq_len"] == 256 and 0.9 < facts["packing"]["fill"] <= 1
     assert len(facts["samples"]) == 3
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     assert all(sample["text"] in texts for sample in facts["samples"])

@@ -154,7 +154,7 @@ def test_who_teaches_whom_is_checked():
     def build(**learners: Learner) -> RunConfig:
         return RunConfig("test", learners, train=TrainConfig(batch=B, seq_len=T))
 
-    with pytest.raises(ValueError, match=r"scout's teacher 'behemoth' is not among the learners before it \(none\)"):
+    with pytest.raises(ValueError, match=r"scout's teacher 'behemoth' is not among the learners before it: none"):
         build(scout=SCOUT, behemoth=TEACHER)
     with pytest.raises(ValueError, match="share the vocabulary"):
         build(behemoth=TEACHER, scout=replace(SCOUT, model=replace(SCOUT.model, vocab_size=2 * V)))

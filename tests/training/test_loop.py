@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from training.checkpoint import restore_params
-from training.config import Distillation, MeshConfig
+from data.config import DataConfig
+from data.loader import Corpus
+from training.checkpoint import Checkpoints, restore_params
+from training.config import Distillation, MeshConfig, OptimizerConfig
 from training.export import save_hf
 from training.loop import initial_state, train
 from training.mesh import make_mesh
@@ -173,7 +175,11 @@ def test_several_learners(make_run, corpus):
     cfg = replace(cfg, learners={"teacher": replace(scout, optimizer=None), "scout": student})
     records = train(cfg, corpus, quiet) and story(cfg)
     assert {"scout/loss", "scout/kl/odd", "scout/eval/ce/even"} <= set(records[-1])
-    assert all(key == "step" or key.startswith("scout/") for key in records[-1])
+    assert {key for key in records[-1] if key.startswith("teacher/")} == {
+        "teacher/eval/ce",
+        "teacher/eval/ce/even",
+        "teacher/eval/ce/odd",
+    }  # a frozen learner is evaluated, and has nothing else to report
     first = restore_params(cfg.folder, "teacher").params
     for ours, theirs in zip(*(jax.tree.leaves(p) for p in (first, initial_params(cfg, "teacher"))), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -228,3 +234,36 @@ def test_killed_run_equals_unbroken(documents, tmp_path):
     assert 100 <= killed < 200
     assert start("broken").wait() == 0
     assert losses("broken") == losses("whole") and sorted(losses("whole")) == list(range(1, 201))
+
+
+def test_weights_with_another_tokenizer_are_refused(make_run, corpus, documents, tmp_path):
+    """Token ids mean something else there, though the vocabulary's size may be the same."""
+    source = epath.Path(tmp_path / "source")
+    corpus.tokenizer.save(source)
+    (source / "config.json").write_text("{}")
+    cfg = make_run()
+    learner = replace(cfg.learners["scout"], init=f"run:{source}")
+    other = Corpus.open(DataConfig(jsonl=str(documents), vocab_size=310, heldout=0.1), tmp_path / "cache", log=quiet)
+    with pytest.raises(ValueError, match=r"another tokenizer than this run: give --data.tokenizer .*tokenizer.model"):
+        train(replace(cfg, learners={"scout": learner}), other)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(make_run, corpus, monkeypatch):
+    """At a rate that throws the weights to infinity; no checkpoint of them is written."""
+    cfg = make_run(checkpoint_every=1)
+    wild = replace(cfg.learners["scout"], optimizer=OptimizerConfig(learning_rate=1e38, warmup=0, decay=0.0))
+    with pytest.raises(FloatingPointError, match="step 2: scout's gradient norm is nan"):
+        train(replace(cfg, learners={"scout": wild}), corpus, quiet)
+    with Checkpoints(epath.Path(cfg.folder)) as checkpoints:
+        assert checkpoints.latest == 1
+
+
+def test_a_run_to_begin_from_must_be_there_and_hold_the_learner(make_run, corpus):
+    cfg = make_run()
+    scout = cfg.learners["scout"]
+    with pytest.raises(FileNotFoundError, match=r"scout's init is run:nowhere, .* is missing; train it first"):
+        train(replace(cfg, learners={"scout": replace(scout, init="run:nowhere")}), corpus, quiet)
+    two = replace(make_run("two", steps=1), learners={"a": scout, "b": scout})
+    train(two, corpus, quiet)
+    with pytest.raises(ValueError, match=r"holds a, b, none of them called 'scout'"):
+        train(replace(cfg, learners={"scout": replace(scout, init=f"run:{two.folder}")}), corpus, quiet)

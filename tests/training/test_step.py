@@ -125,7 +125,7 @@ def test_maverick_on_a_mesh_gives_the_losses_of_one_device():
     np.testing.assert_allclose(got, losses(cfg, MeshConfig(), 1)[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["none", "layer", "block"])
+@pytest.mark.parametrize("remat", ["none", "layer", "block", "nested"])
 def test_microbatches_sum_to_the_batch(remat):
     """With the router's losses off (they are of a microbatch), summing parts is exact."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -179,9 +179,9 @@ def test_weights_are_stored_where_the_rules_say():
     params = abstract_state(run_config(), mesh).learners["scout"].params
     experts = params["blocks"]["layers"][0]["ffn"]["experts"]["wi_gate_EDF"].get_value()
     E, D, F = experts.shape[1:]
-    assert experts.sharding.shard_shape(experts.shape) == (1, E // 2, D // 2, F // 2)
+    assert experts.sharding.shard_shape(experts.shape) == (2, E // 2, D // 2, F // 2)
     wq = params["blocks"]["layers"][0]["attention"]["wq_DNH"].get_value()
-    assert wq.sharding.shard_shape(wq.shape) == (1, wq.shape[1] // 4, wq.shape[2] // 2, wq.shape[3])
+    assert wq.sharding.shard_shape(wq.shape) == (2, wq.shape[1] // 4, wq.shape[2] // 2, wq.shape[3])
 
 
 def test_what_does_not_divide_is_refused_in_a_line():
@@ -192,5 +192,5 @@ def test_what_does_not_divide_is_refused_in_a_line():
     two_parts = replace(cfg, learners={"scout": replace(cfg.learners["scout"], microbatches=2)})
     with pytest.raises(ValueError, match=r"batch \(8\).* = 16: the nearest is 16"):
         check_fits(two_parts, make_mesh(MeshConfig()))
-    with pytest.raises(ValueError, match="has 3 places but there are 8 devices"):
+    with pytest.raises(ValueError, match="needs 3 devices, but there are 8"):
         make_mesh(MeshConfig(fsdp=3))

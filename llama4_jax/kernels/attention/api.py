@@ -1,4 +1,7 @@
-"""The two attentions of iRoPE on one device, for rows whose documents are packed chunk-aligned (`data/packing.py`)."""
+"""The two attentions of iRoPE on one device, for rows whose documents are packed chunk-aligned (`data/packing.py`).
+
+Both call the reference, which holds a matrix of scores a head: [C, C] for each chunk, [T, S] for global layers.
+"""
 
 from __future__ import annotations
 

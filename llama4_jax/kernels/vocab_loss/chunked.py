@@ -41,13 +41,13 @@ def loss(
 
 def _forward(h_RD, w_DV, targets, temperature, chunk, axis):
     share, ce_R, kl_R, gradients = _scan(h_RD, w_DV, targets, temperature, chunk, axis, with_gradient=True)
-    return (share, ce_R, kl_R), gradients
+    return (share, ce_R, kl_R), (gradients, jnp.zeros(0, w_DV.dtype))  # the latter for its dtype
 
 
 def _backward(temperature, chunk, axis, gradients, cotangents):
-    dh_RD, dw_DV = gradients
+    (dh_RD, dw_DV), like_w = gradients
     g = cotangents[0]
-    return (dh_RD * g).astype(dh_RD.dtype), (dw_DV * g).astype(dh_RD.dtype), None
+    return (dh_RD * g).astype(dh_RD.dtype), (dw_DV * g).astype(like_w.dtype), None
 
 
 loss.defvjp(_forward, _backward)
