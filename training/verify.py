@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,6 +40,8 @@ class Verification:
     """Length of the sequences compared."""
     chunks: int
     """Chunks of local attention they touch."""
+    near_tie: bool = False
+    """Wherever a row begins to differ, a token at or before that place lies between two experts (below `MARGIN`)."""
 
     @property
     def ok(self) -> bool:
@@ -48,8 +49,8 @@ class Verification:
 
     @property
     def undecided(self) -> bool:
-        """The logits differ, but a token was so near to another expert that rounding can have moved it."""
-        return not self.ok and self.router_margin < MARGIN
+        """The logits differ, but tokens were so near to another expert that rounding can have moved them."""
+        return not self.ok and self.near_tie
 
     def __str__(self) -> str:
         verdict = "equal" if self.ok else "undecided, compared" if self.undecided else "NOT EQUAL"
@@ -87,10 +88,13 @@ def verify(
     with jax.default_matmul_precision("highest"):
         logits = jax.jit(lambda params, ids_BT: nnx.merge(graphdef, params).logits(ids_BT))
         ours_BTV = np.asarray(logits(load_hf(folder), ids_BT))
+    error_BT = np.max(np.abs(ours_BTV - theirs_BTV), axis=-1) / np.max(np.abs(theirs_BTV))
+    margin_BT = np.min([router_margins(z_RE, cfg.experts_per_token) for z_RE in routers], axis=0).reshape(batch, tokens)
     return Verification(
         against=against,
-        max_relative_error=float(np.max(np.abs(ours_BTV - theirs_BTV)) / np.max(np.abs(theirs_BTV))),
-        router_margin=min((router_margin(z_RE, cfg.experts_per_token) for z_RE in routers), default=math.inf),
+        max_relative_error=float(np.max(error_BT)),
+        router_margin=float(margin_BT.min()),
+        near_tie=starts_at_ties(error_BT, margin_BT, tolerance),
         tolerance=tolerance,
         dtype=", ".join(sorted({DTYPES[s.dtype].name for s in stored.values() if s.dtype in DTYPES})),
         tokens=tokens,
@@ -130,9 +134,24 @@ def _transformers_logits(folder: epath.Path, ids_BT: np.ndarray) -> tuple[np.nda
     return out.logits.numpy(), [z_RE.numpy() for z_RE in out.router_logits]
 
 
-def router_margin(logits_RE: np.ndarray, k: int) -> float:
-    """min over tokens of (k-th largest - next) / max |logits|; infinite if every expert is chosen."""
+def starts_at_ties(error_BT: np.ndarray, margin_BT: np.ndarray, tolerance: float) -> bool:
+    """Whether every row that differs begins to do so at or behind a near tie: an expert that changes moves only later
+    positions, so a difference before the first tie has another cause."""
+    for error_T, margin_T in zip(error_BT, margin_BT, strict=True):
+        wrong = np.flatnonzero(~(error_T <= tolerance))
+        if wrong.size and margin_T[: wrong[0] + 1].min() >= MARGIN:
+            return False
+    return True
+
+
+def router_margins(logits_RE: np.ndarray, k: int) -> np.ndarray:
+    """Of each token, (k-th largest - next) / max |logits| of all; infinite if every expert is chosen."""
     if k == logits_RE.shape[1]:
-        return math.inf
+        return np.full(len(logits_RE), np.inf)
     sorted_RE = np.sort(logits_RE, axis=1)
-    return float(np.min(sorted_RE[:, -k] - sorted_RE[:, -k - 1]) / np.max(np.abs(logits_RE)))
+    return (sorted_RE[:, -k] - sorted_RE[:, -k - 1]) / np.max(np.abs(logits_RE))
+
+
+def router_margin(logits_RE: np.ndarray, k: int) -> float:
+    """The smallest of `router_margins`."""
+    return float(np.min(router_margins(logits_RE, k)))

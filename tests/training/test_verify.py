@@ -16,7 +16,7 @@ from llama4_jax.config import ModelConfig, Rope
 from tools.record_golden import our_state, random_weights
 from training import verify as module
 from training.export import save_hf
-from training.verify import Verification, router_margin, verify
+from training.verify import Verification, router_margin, starts_at_ties, verify
 
 SCOUT = ModelConfig(vocab_size=64, embed_dim=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, dense_dim=48,
                     expert_dim=16, num_experts=4, chunk=8, floor_scale=5, max_position=256,
@@ -63,15 +63,26 @@ def test_router_margin_by_hand():
 
 
 def test_the_verdict():
-    def result(error: float, margin: float) -> Verification:
-        return Verification("numpy", error, margin, tolerance=1e-4, dtype="bfloat16", tokens=28, chunks=4)
+    def result(error: float, near_tie: bool) -> Verification:
+        return Verification("numpy", error, 1e-9, 1e-4, "bfloat16", tokens=28, chunks=4, near_tie=near_tie)
 
-    assert result(1e-6, 1e-9).ok and not result(1e-6, 1e-9).undecided  # no token changed its expert: they agree
-    assert not result(0.1, 1e-9).ok and result(0.1, 1e-9).undecided
-    assert not result(0.1, 1e-2).ok and not result(0.1, 1e-2).undecided
-    assert not result(float("nan"), 1e-2).ok
-    assert str(result(0.1, 1e-9)).startswith("undecided") and "another seed" in str(result(0.1, 1e-9))
-    assert str(result(0.1, 1e-2)).startswith("NOT EQUAL to numpy")
+    assert result(1e-6, True).ok and not result(1e-6, True).undecided  # no token changed its expert: they agree
+    assert not result(0.1, True).ok and result(0.1, True).undecided
+    assert not result(0.1, False).ok and not result(0.1, False).undecided
+    assert not result(float("nan"), False).ok
+    assert str(result(0.1, True)).startswith("undecided") and "another seed" in str(result(0.1, True))
+    assert str(result(0.1, False)).startswith("NOT EQUAL to numpy")
+
+
+def test_a_near_tie_excuses_only_what_comes_after_it():
+    error_BT, margin_BT = np.zeros((2, 6)), np.ones((2, 6))
+    margin_BT[0, 3] = 0.0
+    error_BT[0, 3:] = 1.0
+    assert starts_at_ties(error_BT, margin_BT, 1e-4)
+    error_BT[0, 2] = 1.0
+    assert not starts_at_ties(error_BT, margin_BT, 1e-4)
+    error_BT[0, 2], error_BT[1, 5] = 0.0, np.nan  # a row without a tie, and NaN differs
+    assert not starts_at_ties(error_BT, margin_BT, 1e-4)
 
 
 def test_without_transformers_the_extra_and_the_oracle_are_named(model, monkeypatch):
