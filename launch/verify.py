@@ -35,7 +35,7 @@ def compare(
     from training.verify import verify
 
     if against == "transformers" and importlib.util.find_spec("transformers"):
-        from transformers.utils import logging
+        from transformers.utils import logging  # pyright: ignore[reportMissingImports]
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
