@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llama4_jax.axes import CONTEXT, all_gather, axis_index, axis_size, param
+from llama4_jax.axes import CONTEXT, Execution, all_gather, axis_index, axis_size, param
 from llama4_jax.config import ModelConfig
 from llama4_jax.kernels.attention.api import chunked_attention, global_attention
 from llama4_jax.layers import rms_normalise, rope_frequencies, rotate
@@ -60,11 +60,15 @@ class Attention(nnx.Module):
         return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.wo_NHD[...])
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"]
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        execution: Execution,
     ) -> Float[Array, "B T D"]:
         with jax.named_scope("attention_local" if self.local else "attention_global"):
             q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT)
-            return self.output(self.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT))
+            return self.output(self.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, execution))
 
     def attend(
         self,
@@ -72,6 +76,7 @@ class Attention(nnx.Module):
         k_BTKH: Float[Array, "B T K H"],
         v_BTKH: Float[Array, "B T K H"],
         segment_ids_BT: Int[Array, "B T"],
+        execution: Execution,
     ) -> Float[Array, "B T N H"]:
         """What the queries of whole rows gather: `project`'s result in, heads out."""
         attend = self._attend_local if self.local else self._attend_global

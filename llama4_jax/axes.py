@@ -106,6 +106,18 @@ class Execution:
     remat: Literal["none", "layer", "block", "nested"] = "block"
     """What the backward pass recomputes: nothing; each layer from its input; each period of layers from its input,
     whose gathered weights then live together; or both, twice the work for the least memory."""
+    attention: str = "reference"
+    """Backend of `kernels/attention`."""
+    exchange: Literal["gather", "mirror", "heads"] = "gather"
+    """What crosses the context axis in global layers: keys and values, to queries as they lie (`gather`) or dealt out
+    evenly (`mirror`); or heads in exchange for sequence (`heads`)."""
+    grouped_matmul: str = "blocks"
+    """Backend of `kernels/grouped_matmul`."""
+    dispatch: Literal["fsdp", "all_to_all", "ragged_all_to_all"] = "fsdp"
+    """How tokens and experts meet: the experts' weights are gathered (`fsdp`), or tokens travel over the expert axis,
+    in buffers of `capacity` an expert (`all_to_all`) or of `capacity` a device (`ragged_all_to_all`)."""
+    capacity: float = 1.25
+    """Room for routed tokens under `all_to_all` and `ragged_all_to_all`, times what a balanced router would need."""
     rules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: RULES)
     """Logical axis -> mesh axes it is stored over."""
 

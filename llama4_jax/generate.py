@@ -30,6 +30,9 @@ from llama4_jax.config import ModelConfig
 from llama4_jax.kernels.attention.api import global_attention
 from llama4_jax.text import Transformer
 
+PORTABLE = Execution()
+"""Kernels that run on every device."""
+
 
 class Cache(NamedTuple):
     """Keys and values of one layer of the pattern, stacked over blocks (the leading L), positions applied."""
@@ -75,7 +78,7 @@ def _forward(
             q_BTNH, k_BTKH, v_BTKH = layer.attention.project(layer.attention_norm(x_BTD), positions_BT)
             out_BTNH, cache = attend(layer.attention, q_BTNH, k_BTKH, v_BTKH, cache, block)
             x_BTD += layer.attention.output(out_BTNH)
-            x_BTD += layer.feed_forward(layer.ffn_norm(x_BTD), segment_ids_BT)[0]
+            x_BTD += layer.feed_forward(layer.ffn_norm(x_BTD), segment_ids_BT, PORTABLE)[0]
             updated.append(cache)
         return (x_BTD, tuple(updated)), None
 
@@ -102,7 +105,7 @@ def prefill(
     segment_ids_BT = (row_BT < lengths_B[:, None]).astype(jnp.int32)
 
     def attend(attention, q_BTNH, k_BTKH, v_BTKH, cache, block):
-        out_BTNH = attention.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        out_BTNH = attention.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, PORTABLE)
         # The slots belong to the chunk that the next position lies in; those not reached yet hold anything.
         slots = cache.k.shape[2]
         position_BS = (lengths_B // slots * slots)[:, None] + jnp.arange(slots)[None, :]

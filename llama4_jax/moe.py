@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llama4_jax.axes import TOKEN_AXES, param, psum
+from llama4_jax.axes import TOKEN_AXES, Execution, param, psum
 from llama4_jax.config import ModelConfig
-from llama4_jax.kernels.grouped_matmul.api import default_backend, grouped_matmul, rows_multiple
+from llama4_jax.kernels.grouped_matmul.api import grouped_matmul, rows_multiple
 from llama4_jax.layers import SwiGLU
 
 EXACT = jax.lax.Precision.HIGHEST  # without it, TPUs and GPUs multiply fp32 as bf16 or TF32
@@ -73,7 +73,7 @@ class MoE(nnx.Module):
         self.experts = Experts(cfg, rngs)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], valid_BT: Float[Array, "B T"]
+        self, x_BTD: Float[Array, "B T D"], valid_BT: Float[Array, "B T"], execution: Execution
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
         with jax.named_scope("router"):
@@ -81,16 +81,16 @@ class MoE(nnx.Module):
             z_RA, chosen_RA = jax.lax.top_k(logits_RE, self.cfg.experts_per_token)
             stats = _statistics(logits_RE, chosen_RA, valid_BT.reshape(-1))
         with jax.named_scope("experts"):
-            y_RD = self._dispatch(x_RD, jax.nn.sigmoid(z_RA), chosen_RA)
+            y_RD = self._dispatch(x_RD, jax.nn.sigmoid(z_RA), chosen_RA, execution)
         with jax.named_scope("shared_expert"):
             y_RD += self.shared(x_RD)
         return y_RD.reshape(x_BTD.shape), stats
 
-    def _dispatch(self, x_RD: jax.Array, gate_RA: jax.Array, chosen_RA: jax.Array) -> jax.Array:
+    def _dispatch(self, x_RD: jax.Array, gate_RA: jax.Array, chosen_RA: jax.Array, execution: Execution) -> jax.Array:
         """Sort the (token, choice) pairs by expert, each group padded to the kernel's row multiple, and back."""
         R, A = chosen_RA.shape
         E = self.cfg.num_experts
-        backend = default_backend()
+        backend = execution.grouped_matmul
         multiple = rows_multiple(backend)
         expert_Q = chosen_RA.reshape(-1)  # Q = R A pairs
         order_Q = jnp.argsort(expert_Q, stable=True)

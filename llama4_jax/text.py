@@ -26,18 +26,22 @@ class Layer(nnx.Module):
         self.ffn = MoE(cfg, rngs) if kind.moe else SwiGLU(cfg, cfg.dense_dim, rngs)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"]
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        execution: Execution,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
-        x_BTD += psum(self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT), TENSOR)
-        y_BTD, stats = self.feed_forward(self.ffn_norm(x_BTD), segment_ids_BT)
+        x_BTD += psum(self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, execution), TENSOR)
+        y_BTD, stats = self.feed_forward(self.ffn_norm(x_BTD), segment_ids_BT, execution)
         return x_BTD + psum(y_BTD, TENSOR), stats
 
     def feed_forward(
-        self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"]
+        self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"], execution: Execution
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Shares over the tensor axis, and the router's statistics where there is one."""
         if isinstance(self.ffn, MoE):
-            return self.ffn(x_BTD, (segment_ids_BT > 0).astype(jnp.float32))
+            return self.ffn(x_BTD, (segment_ids_BT > 0).astype(jnp.float32), execution)
         return self.ffn(x_BTD), None
 
 
@@ -86,7 +90,7 @@ class Transformer(nnx.Module):
                 def run_layer(x_BTD, stored, i=i):
                     # Fetched inside what is recomputed: with `layer` and `nested` one layer's weights live at a time.
                     layers = nnx.merge(graphdef, stored).layers
-                    return execution.fetch_module(layers[i])(x_BTD, positions_BT, segment_ids_BT)
+                    return execution.fetch_module(layers[i])(x_BTD, positions_BT, segment_ids_BT, execution)
 
                 if execution.remat in ("layer", "nested"):
                     run_layer = jax.checkpoint(run_layer, prevent_cse=False)

@@ -275,5 +275,5 @@ def abstract_params(cfg: RunConfig, learner: str, mesh: Mesh | None = None) -> n
     if mesh is None:
         placed: Any = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), params)
     else:
-        placed = shardings(mesh, execution(cfg.learners[learner]).specs(params))
+        placed = shardings(mesh, execution(cfg.learners[learner], mesh).specs(params))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed)

@@ -90,6 +90,18 @@ class Learner:
     """Dtype of activations and of the weights as used; master weights are fp32."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over the mesh; bfloat16 halves that traffic."""
+    attention: Literal["auto", "blockwise", "splash", "cudnn", "mosaic_gpu", "reference"] = "auto"
+    """Attention kernel; auto: splash on TPU, cudnn on GPU, blockwise elsewhere."""
+    exchange: Literal["gather", "mirror", "heads"] = "gather"
+    """What crosses mesh.context in global layers: keys and values, with the causal work as it lies (gather) or dealt
+    out evenly (mirror); or heads in exchange for sequence (heads)."""
+    grouped_matmul: Literal["auto", "blocks", "megablox", "triton", "ragged_dot", "reference"] = "auto"
+    """The experts' matmul; auto: megablox on TPU, triton on GPU, blocks elsewhere."""
+    dispatch: Literal["fsdp", "all_to_all", "ragged_all_to_all"] = "fsdp"
+    """How tokens and experts meet: the experts' weights are gathered and no token is dropped (fsdp), or tokens travel
+    over mesh.expert, in buffers of `capacity`."""
+    capacity: float = 1.25
+    """Room for routed tokens, times what a balanced router needs, under the two all_to_all dispatches."""
     remat: Literal["none", "layer", "block", "nested"] = "block"
     """What the backward pass recomputes: nothing, each layer, each period of layers, or both (least memory)."""
 

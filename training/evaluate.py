@@ -28,7 +28,7 @@ def make_eval_step(learner: Learner, mesh: Mesh, domains: int) -> EvalFn:
 
     The same model and the same fused loss as in training, inside one `shard_map`, in the learner's microbatches.
     """
-    model, run = graphdef(learner), execution(learner)
+    model, run = graphdef(learner), execution(learner, mesh)
     labels_only = (jnp.float32(1), jnp.float32(0))
 
     def local(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:

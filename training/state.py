@@ -31,8 +31,24 @@ class TrainState(NamedTuple):
     learners: dict[str, LearnerState]
 
 
-def execution(learner: Learner) -> Execution:
-    return Execution(learner.compute_dtype, learner.reduce_dtype, learner.remat)
+BACKENDS = {"cpu": ("reference", "blocks"), "tpu": ("reference", "ragged_dot"), "gpu": ("reference", "ragged_dot")}
+"""Kernels of attention and of the experts' matmul that `auto` stands for, by platform."""
+
+
+def execution(learner: Learner, mesh: Mesh) -> Execution:
+    """How the learner runs on the mesh's devices."""
+    platform = mesh.devices.flat[0].platform
+    attention, grouped_matmul = BACKENDS["gpu" if platform == "cuda" else platform]
+    return Execution(
+        learner.compute_dtype,
+        learner.reduce_dtype,
+        learner.remat,
+        attention=attention if learner.attention == "auto" else learner.attention,
+        exchange=learner.exchange,
+        grouped_matmul=grouped_matmul if learner.grouped_matmul == "auto" else learner.grouped_matmul,
+        dispatch=learner.dispatch,
+        capacity=learner.capacity,
+    )
 
 
 def graphdef(learner: Learner) -> nnx.GraphDef:
@@ -52,16 +68,16 @@ def init_state(cfg: RunConfig) -> TrainState:
     return TrainState(jnp.int32(0), {name: init(name, learner) for name, learner in cfg.learners.items()})
 
 
-def state_specs(cfg: RunConfig, state: TrainState) -> TrainState:
+def state_specs(cfg: RunConfig, mesh: Mesh, state: TrainState) -> TrainState:
     """PartitionSpecs of a state, abstract or not."""
-    learners = {name: execution(cfg.learners[name]).specs(s) for name, s in state.learners.items()}
+    learners = {name: execution(cfg.learners[name], mesh).specs(s) for name, s in state.learners.items()}
     return TrainState(P(), learners)
 
 
 def abstract_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
     state = jax.eval_shape(partial(init_state, cfg))
-    placed = shardings(mesh, state_specs(cfg, state))
+    placed = shardings(mesh, state_specs(cfg, mesh, state))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
 
 

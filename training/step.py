@@ -71,7 +71,7 @@ def update(cfg: OptimizerConfig, steps: int, state: LearnerState, grads: nnx.Sta
 
 def forward(learner: Learner, mesh: Mesh) -> Callable[[nnx.State, Batch], jax.Array]:
     """(params, batch) -> hidden states [B, T, D] of a learner that is not trained."""
-    model, run = graphdef(learner), execution(learner)
+    model, run = graphdef(learner), execution(learner, mesh)
 
     def local(params: nnx.State, batch: Batch) -> jax.Array:
         def part(batch: Batch) -> jax.Array:
@@ -94,7 +94,7 @@ def gradient(
     Inside one `shard_map`: each device walks its rows in microbatches, sums the gradients of the loss shares
     (`llama4_jax/axes.py`) and the valid tokens, and divides once.
     """
-    model, run = graphdef(learner), execution(learner)
+    model, run, teachers = graphdef(learner), execution(learner, mesh), execution(teacher or learner, mesh)
 
     def share(params: nnx.State, batch: Batch, mix, targets: SoftTargets | None):
         out = nnx.merge(model, params)(batch.tokens, batch.positions, batch.segment_ids, run)
@@ -102,7 +102,7 @@ def gradient(
         return loss, (sums, out.hidden if teaches else None)
 
     def local(params: nnx.State, batch: Batch, mix, taught: Taught | None):
-        kernel = None if taught is None else _fetch_unembedding(execution(teacher or learner), taught)
+        kernel = None if taught is None else _fetch_unembedding(teachers, taught)
 
         def part(batch: Batch, hidden: jax.Array | None):
             targets = None if hidden is None or kernel is None else SoftTargets(hidden, kernel)
@@ -116,7 +116,11 @@ def gradient(
 
     def apply(params: nnx.State, batch: Batch, mix, taught: Taught | None = None):
         specs = run.specs(params)
-        source = None if taught is None else Taught(BATCH_SPEC, execution(teacher or learner).specs(taught.unembedding))
+        source = (
+            None
+            if taught is None
+            else Taught(BATCH_SPEC, execution(teacher or learner, mesh).specs(taught.unembedding))
+        )
         mapped = jax.shard_map(
             local, mesh=mesh, in_specs=(specs, BATCH_SPEC, P(), source), out_specs=(specs, P(), BATCH_SPEC),
             check_vma=False,

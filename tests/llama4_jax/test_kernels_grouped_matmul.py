@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama4_jax.kernels.grouped_matmul.api import BACKENDS, default_backend, grouped_matmul, rows_multiple
+from llama4_jax.kernels.grouped_matmul.api import BACKENDS, grouped_matmul, rows_multiple
 
 D, F = 12, 10
 GROUPS = {  # in multiples of the backend's rows
@@ -75,7 +75,3 @@ def test_rows_behind_the_last_group_change_nothing(backend):
     assert not np.any(out_RF[used:])
     for got, want in zip(vjp(g_RF), short_vjp(g_RF[:used]), strict=True):
         np.testing.assert_allclose(got[:used] if got.ndim == 2 else got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_the_default_is_a_backend():
-    assert default_backend() in BACKENDS

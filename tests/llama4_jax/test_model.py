@@ -216,7 +216,7 @@ def expected_moe(moe: MoE, x_RD: np.ndarray, top: int, scale: str) -> np.ndarray
 def test_the_gate_scales_the_experts_input(top):
     moe = MoE(replace(SCOUT, experts_per_token=top), nnx.Rngs(1))
     x_BTD = normal(9, 2, 30, 32)
-    y_BTD, _ = moe(x_BTD, jnp.ones((2, 30)))
+    y_BTD, _ = moe(x_BTD, jnp.ones((2, 30)), Execution())
     x_RD = np.asarray(x_BTD).reshape(60, 32)
     want = expected_moe(moe, x_RD, top, "input").reshape(2, 30, 32)
     assert np.abs(y_BTD - want).max() < 1e-5 * np.abs(want).max()
@@ -228,8 +228,8 @@ def test_padding_does_not_enter_the_routers_statistics(top):
     moe = MoE(replace(SCOUT, experts_per_token=top), nnx.Rngs(1))
     x_BTD = normal(10, 2, 12, 32)
     valid_BT = jnp.asarray(np.arange(12)[None, :] < np.array([[12], [5]]), jnp.float32)
-    _, stats = moe(x_BTD, valid_BT)
-    _, other = moe(jnp.where(valid_BT[:, :, None] > 0, x_BTD, 100.0), valid_BT)
+    _, stats = moe(x_BTD, valid_BT, Execution())
+    _, other = moe(jnp.where(valid_BT[:, :, None] > 0, x_BTD, 100.0), valid_BT, Execution())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), stats, other)
     assert float(stats.tokens) == 17
     assert float(stats.load.sum()) == 17 * top

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.kernels.grouped_matmul import blocks, ragged, reference
 
 BACKENDS: dict[str, ModuleType] = {"blocks": blocks, "ragged_dot": ragged, "reference": reference}
-
-
-def default_backend() -> str:
-    """`blocks` on CPU, `ragged_dot` elsewhere."""
-    return "blocks" if jax.default_backend() == "cpu" else "ragged_dot"
 
 
 def rows_multiple(backend: str) -> int:
