@@ -118,6 +118,8 @@ class Execution:
     in buffers of `capacity` an expert (`all_to_all`) or of `capacity` a device (`ragged_all_to_all`)."""
     capacity: float = 1.25
     """Room for routed tokens under `all_to_all` and `ragged_all_to_all`, times what a balanced router would need."""
+    platform: Literal["cpu", "tpu", "gpu"] = "cpu"
+    """What the program is compiled for."""
     rules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: RULES)
     """Logical axis -> mesh axes it is stored over."""
 
@@ -143,17 +145,19 @@ class Execution:
         )  # fmt: skip
 
     def fetch(self, state: Any) -> Any:
-        """Stored shards -> weights for use: cast to the compute dtype, gathered over all axes but `tensor`.
+        """Stored shards -> weights for use: cast to the compute dtype, gathered over all axes but `tensor`, and
+        experts that tokens travel to not over `expert`.
 
         Backward: the gradient's shares are reduce-scattered in `reduce_dtype`, back to the fp32 shards.
         """
 
         def one(p: nnx.Param) -> nnx.Variable:
             w = p.get_value()
+            stay = {TENSOR, EXPERT} if "experts" in p.axes and self.dispatch != "fsdp" else {TENSOR}
             gathers = tuple(
                 (dim, axes)
                 for dim, names in enumerate(self.stored_over(p.axes, w.ndim))
-                if (axes := present(tuple(n for n in names if n != TENSOR)))
+                if (axes := present(tuple(n for n in names if n not in stay)))
             )
             dtype = jnp.float32 if p.fp32 else jnp.dtype(self.compute_dtype)
             return p.replace(_gather(w, gathers, dtype, jnp.dtype(self.reduce_dtype)))

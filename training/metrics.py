@@ -31,6 +31,7 @@ def scalars(metrics: Mapping[str, Any], cfg: RunConfig, domains: Sequence[str]) 
     Means over the step's valid tokens, in nats: loss = h ce + s t^2 kl + c_b balance + c_z z (`objectives.py`), ce
     and ce/DOMAIN of the domains that were seen, likewise kl for a student, with its weights `hard` and `soft`.
     imbalance/LAYER: load of the busiest expert over the mean load (1: balanced); imbalance: of the worst layer.
+    dropped: share of routed tokens that found no room, under a dispatch that can drop.
     expert_share: [MoE layers][E], a table that only the JSONL file gets.
     """
     out: dict[str, Any] = {}
@@ -63,6 +64,8 @@ def _learner_scalars(metrics: Mapping[str, Any], learner: Learner, domains: Sequ
         worst = share.max(axis=1) * share.shape[1]
         layers = [i for i in range(learner.model.num_layers) if learner.model.pattern[i % learner.model.period].moe]
         out["imbalance"] = float(worst.max())
+        if learner.dispatch != "fsdp":
+            out["dropped"] = float(np.asarray(sums.dropped, np.float64).sum() / max(load.sum(), 1))
         out |= {f"imbalance/{i}": float(w) for i, w in zip(layers, worst, strict=True)}
         out["expert_share"] = share.round(4).tolist()
     return out

@@ -29,6 +29,7 @@ class Sums(NamedTuple):
     balance: jax.Array  # [] tokens x balance loss
     z: jax.Array  # [] tokens x router z-loss
     load: jax.Array  # [MoE layers, E] tokens routed to each expert
+    dropped: jax.Array  # [MoE layers] pairs of a token and an expert that the dispatch had no room for
 
 
 class SoftTargets(NamedTuple):
@@ -80,5 +81,5 @@ def objective(
         (by_domain.sum(axis=0), (ce_R[:, None] * by_domain).sum(axis=0), (kl_R[:, None] * by_domain).sum(axis=0)),
         TOKEN_AXES,
     )
-    sums = Sums(tokens, domain_tokens, domain_ce, domain_kl, tokens * balance, tokens * z, router.load)
+    sums = Sums(tokens, domain_tokens, domain_ce, domain_kl, tokens * balance, tokens * z, router.load, router.dropped)
     return share, jax.lax.stop_gradient(sums)

@@ -31,14 +31,15 @@ class TrainState(NamedTuple):
     learners: dict[str, LearnerState]
 
 
-BACKENDS = {"cpu": ("reference", "blocks"), "tpu": ("reference", "ragged_dot"), "gpu": ("reference", "ragged_dot")}
+BACKENDS = {"cpu": ("reference", "blocks"), "tpu": ("splash", "megablox"), "gpu": ("reference", "ragged_dot")}
 """Kernels of attention and of the experts' matmul that `auto` stands for, by platform."""
 
 
 def execution(learner: Learner, mesh: Mesh) -> Execution:
     """How the learner runs on the mesh's devices."""
     platform = mesh.devices.flat[0].platform
-    attention, grouped_matmul = BACKENDS["gpu" if platform == "cuda" else platform]
+    platform = "gpu" if platform == "cuda" else platform
+    attention, grouped_matmul = BACKENDS[platform]
     return Execution(
         learner.compute_dtype,
         learner.reduce_dtype,
@@ -48,6 +49,7 @@ def execution(learner: Learner, mesh: Mesh) -> Execution:
         grouped_matmul=grouped_matmul if learner.grouped_matmul == "auto" else learner.grouped_matmul,
         dispatch=learner.dispatch,
         capacity=learner.capacity,
+        platform=platform,
     )
 
 

@@ -90,7 +90,7 @@ def step_metrics(layers: int):
     load = np.full((layers, 4), 5.0)
     load[1] = [16, 4, 0, 0]
     sums = Sums(*map(np.float32, (20,)), np.float32([15, 0, 5]), np.float32([30, 0, 20]), np.float32([3, 0, 1]),
-                np.float32(40), np.float32(60), load)  # fmt: skip
+                np.float32(40), np.float32(60), load, np.zeros(layers))  # fmt: skip
     rest = dict(grad_norm=1.5, learning_rate=1e-3, hard=0.25, soft=0.75)
     return dict(sums=sums, **{name: np.float32(value) for name, value in rest.items()})
 

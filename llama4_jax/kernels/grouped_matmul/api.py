@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 from jaxtyping import Array, Float, Int
 
-from llama4_jax.kernels.grouped_matmul import blocks, ragged, reference
+BACKENDS = {
+    "blocks": "blocks",
+    "megablox": "megablox",
+    "triton": "triton",
+    "ragged_dot": "ragged",
+    "reference": "reference",
+}
+"""Backend -> its module. Each may name what it asks of its caller: GROUP, what group sizes are multiples of, and ROWS,
+what R is a multiple of (1 where it names nothing)."""
 
-BACKENDS: dict[str, ModuleType] = {"blocks": blocks, "ragged_dot": ragged, "reference": reference}
+
+def _module(backend: str) -> ModuleType:
+    return import_module(f"{__package__}.{BACKENDS[backend]}")
+
+
+def group_multiple(backend: str) -> int:
+    """What group sizes must be multiples of under this backend."""
+    return getattr(_module(backend), "GROUP", 1)
 
 
 def rows_multiple(backend: str) -> int:
-    """What group sizes must be multiples of under this backend."""
-    return getattr(BACKENDS[backend], "ROWS", 1)
+    """What R must be a multiple of under this backend."""
+    return getattr(_module(backend), "ROWS", 1)
 
 
 def grouped_matmul(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], backend: str
 ) -> Float[Array, "R F"]:
-    """out[r] = x[r] @ w[e] for row r of group e, groups lying one behind the other in `group_sizes_E` rows each."""
-    return BACKENDS[backend].grouped_matmul(x_RD, w_EDF, group_sizes_E)
+    """out[r] = x[r] @ w[e] for row r of group e, groups lying one behind the other in `group_sizes_E` rows each.
+
+    Rows behind the last group are undefined, and so are their gradients.
+    """
+    return _module(backend).grouped_matmul(x_RD, w_EDF, group_sizes_E)

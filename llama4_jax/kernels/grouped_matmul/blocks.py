@@ -10,8 +10,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-ROWS = 128
-"""Rows of a block; groups must be padded to multiples of it."""
+ROWS = GROUP = 128
+"""Rows of a block; R and every group must be padded to multiples of it."""
 
 
 def grouped_matmul(
