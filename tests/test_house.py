@@ -25,14 +25,14 @@ MAY_IMPORT = {
     "configs": {"configs", "training", "llama4_jax", "data"},
     "launch": {"launch", "configs", "training", "llama4_jax", "data"},
 }
-KERNELS_MAY_IMPORT = {"jax", "jaxtyping"}
+KERNELS_MAY_IMPORT = {"jax", "jaxtyping", "llama4_jax.kernels.tokamax"}
 CONFIG_MODULES = ("llama4_jax/config.py", "data/config.py", "training/config.py")
 SLOW_TO_IMPORT = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "torch", "transformers", "matplotlib"}
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 # Every field is public through the command line. A new experiment is a function in configs/, not a new field: raise
 # this number only on purpose.
-MAX_CONFIG_FIELDS = 71
+MAX_CONFIG_FIELDS = 73
 
 
 @cache
@@ -90,7 +90,8 @@ def test_kernels_import_only_jax():
         own = ".".join(parts[:-1])
         for line, module in imported(path):
             top = module.split(".")[0]
-            if not (top in KERNELS_MAY_IMPORT | sys.stdlib_module_names or f"{module}.".startswith(f"{own}.")):
+            allowed = {top, module.rpartition(".")[0]} & (KERNELS_MAY_IMPORT | sys.stdlib_module_names)
+            if not (allowed or f"{module}.".startswith(f"{own}.")):
                 wrong.append(f"{where(path, line)} imports {module}")
     assert not wrong, "\n".join(wrong)
 

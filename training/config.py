@@ -19,8 +19,13 @@ def _check(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW under a warmup-stable-decay schedule."""
+    """AdamW, Adafactor or Muon under a warmup-stable-decay schedule."""
 
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """The rule: adafactor keeps rows' and columns' second moments and no first one; muon keeps one moment of hidden
+    matrices, orthogonalised for the update, and leaves embeddings, router and scales to adamw."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the first moment of adamw and muon; second moments are fp32."""
     learning_rate: float = 3e-4
     """Peak, held between warm-up and decay."""
     warmup: int = 100
@@ -30,17 +35,19 @@ class OptimizerConfig:
     final: float = 0.1
     """Where it ends, as a share of the peak."""
     b1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of the mean of gradients; muon's momentum, usually 0.95."""
     b2: float = 0.95
-    """Decay of the mean of their squares."""
+    """Decay of the mean of their squares; adafactor's rises to it as 1 - t^-0.8 with step t."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment; adafactor adds its square to the squares."""
     weight_decay: float = 0.1
     """Decoupled, times the learning rate; on weights with two logical axes or more (not on norm scales)."""
     clip: float = 1.0
     """Largest global gradient norm."""
 
     def __post_init__(self):
+        _check(self.kind != "adafactor" or self.moment_dtype == "float32",
+               "adafactor keeps no first moment: leave optimizer.moment_dtype at float32, or take adamw")  # fmt: skip
         _check(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
         _check(0 <= self.decay <= 1, f"optimizer.decay is a share of the steps, 0 to 1, not {self.decay}")
         _check(self.warmup >= 0, f"optimizer.warmup must be at least 0, not {self.warmup}")
@@ -113,10 +120,14 @@ class Learner:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1 and takes what is left."""
+    """Devices along each mesh axis; one of them may be -1 and takes what is left.
+
+    On several TPU slices `replica` is a multiple of their number: it alone crosses the network between slices, which
+    carries one sum of each gradient's shard a step; all other axes lie within a slice.
+    """
 
     replica: int = 1
-    """Copies of everything, across slices."""
+    """Copies of everything; with several TPU slices a multiple of their number."""
     fsdp: int = -1
     """Data parallel with sharded weights."""
     expert: int = 1

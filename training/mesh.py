@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,16 +19,35 @@ BATCH_SPEC = P(BATCH_AXES, CONTEXT)
 
 
 def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A mesh of all devices (or those given) with the five axes; the axis of size -1 takes what is left."""
+    """A mesh of all devices (or those given) with the five axes; the axis of size -1 takes what is left.
+
+    Inside a TPU slice the axes follow its torus, the last ones (which talk most) first; other devices stay in their
+    order. Of several slices each holds `replica / slices` replicas, whole and next to each other: nothing but a sum
+    over `replica` leaves a slice. Processes of GPUs or CPUs are no slices. ValueError for sizes that do not fit.
+    """
     devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     sizes = [getattr(cfg, name) for name in MESH_AXES]
     if -1 in sizes:
         known = int(np.prod([s for s in sizes if s != -1]))
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
+    replicas, *rest = sizes
+    if replicas % slices:
+        nearest = max(1, round(replicas / slices)) * slices
+        raise ValueError(
+            f"mesh.replica ({replicas}) must be a multiple of the {slices} slices, which nothing else may cross: "
+            f"the nearest is {nearest}"
+        )
     if int(np.prod(sizes)) != len(devices):
         shape = " x ".join(f"{n} {s}" for n, s in zip(MESH_AXES, sizes, strict=True))
         raise ValueError(f"the mesh ({shape}) needs {int(np.prod(sizes))} devices, but there are {len(devices)}")
-    return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices)
+    within, across = (replicas // slices, *rest), (slices, *[1] * len(rest))
+    # Splitting a torus's axis between two of the mesh's is slower than not, and done only where nothing else fits.
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:

@@ -51,7 +51,7 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, domains: int) -> StepFn:
                 source = cfg.learners[teacher] if teacher else None
                 take = gradient(learner, mesh, domains, teacher=source, teaches=name in teachers)
                 grads, sums, hidden = take(params, batch, mix, taught.get(teacher))
-                learners[name], norm = update(learner.optimizer, cfg.train.steps, state.learners[name], grads)
+                learners[name], norm = update(learner.optimizer, cfg.train.steps, mesh, state.learners[name], grads)
                 metrics[name] = dict(sums=sums, grad_norm=norm, learning_rate=rate, hard=mix[0], soft=mix[1])
             # The barrier ends this learner before the next one starts: their residuals do not live side by side.
             batch, learners[name], hidden = jax.lax.optimization_barrier((batch, learners[name], hidden))
@@ -63,9 +63,11 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, domains: int) -> StepFn:
     return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None))
 
 
-def update(cfg: OptimizerConfig, steps: int, state: LearnerState, grads: nnx.State) -> tuple[LearnerState, jax.Array]:
+def update(
+    cfg: OptimizerConfig, steps: int, mesh: Mesh, state: LearnerState, grads: nnx.State
+) -> tuple[LearnerState, jax.Array]:
     """One optimizer step; also the gradient's global norm before clipping."""
-    updates, opt_state = make_optimizer(cfg, steps).update(grads, state.optimizer, state.params)
+    updates, opt_state = make_optimizer(cfg, steps, mesh).update(grads, state.optimizer, state.params)
     return LearnerState(optax.apply_updates(state.params, updates), opt_state), optax.tree.norm(grads)  # pyright: ignore
 
 

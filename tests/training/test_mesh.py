@@ -1,0 +1,121 @@
+"""Where devices lie: the order of one slice, and of several only replicas across."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from data.batch import Batch
+from llama4_jax.axes import MESH_AXES, REPLICA
+from training.config import MeshConfig
+from training.mesh import make_mesh
+from training.state import abstract_state
+from training.step import gradient
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a mesh needs to know of a device."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, ...]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def chips(slices: int, torus: tuple[int, int, int] = (2, 2, 4), platform: str = "tpu") -> list[Chip]:
+    """The devices of some slices, shuffled."""
+    places = [(s, (x, y, z)) for s in range(slices) for z, y, x in np.ndindex(torus[::-1])]
+    found = [Chip(i, s, at, platform, process_index=i // 4) for i, (s, at) in enumerate(places)]
+    return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+
+
+@pytest.mark.parametrize("sizes", [
+    dict(fsdp=16), dict(fsdp=4, expert=4), dict(fsdp=2, expert=2, context=2, tensor=2), dict(context=8, fsdp=2),
+])  # fmt: skip
+@pytest.mark.parametrize("slices, replicas", [(2, 2), (3, 3), (2, 4)])
+def test_only_replicas_lie_across_slices(slices, replicas, sizes):
+    sizes = {**sizes, "fsdp": sizes["fsdp"] * slices // replicas}
+    grid = make_mesh(MeshConfig(replica=replicas, **sizes), chips(slices)).devices
+    assert grid.shape == (replicas, *(sizes.get(name, 1) for name in MESH_AXES[1:]))
+    assert len({chip.id for chip in grid.flat}) == 16 * slices
+    for r, replica in enumerate(grid):
+        assert {chip.slice_index for chip in replica.flat} == {r // (replicas // slices)}
+
+
+def test_a_slice_follows_its_torus():
+    """Neighbours along the axes that talk most are neighbours in the torus, whatever order the devices come in."""
+    grid = make_mesh(MeshConfig(fsdp=4, expert=2, tensor=2), chips(1)).devices
+    for axis in (MESH_AXES.index("expert"), MESH_AXES.index("tensor")):
+        first, second = np.moveaxis(grid, axis, 0).reshape(2, -1)
+        for a, b in zip(first, second, strict=True):
+            assert sum(abs(i - j) for i, j in zip(a.coords, b.coords, strict=True)) == 1
+    split = make_mesh(
+        MeshConfig(fsdp=8, tensor=2), chips(1, (4, 4, 1))
+    ).devices  # no axis of the torus has 2 or 8 chips
+    assert split.shape == (1, 8, 1, 1, 2)
+
+
+@pytest.mark.parametrize("replicas, nearest", [(1, 3), (2, 3), (4, 3), (5, 6), (-1, 3)])
+def test_replicas_that_would_cross_a_slice_are_refused(replicas, nearest):
+    fsdp = 48 // 4 if replicas == -1 else -1
+    with pytest.raises(ValueError, match=rf"must be a multiple of the 3 slices.*: the nearest is {nearest}$"):
+        make_mesh(MeshConfig(replica=replicas, fsdp=fsdp), chips(3))
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+def test_processes_of_other_devices_are_no_slices(platform):
+    devices = sorted(chips(2, platform=platform), key=lambda chip: chip.id)
+    grid = make_mesh(MeshConfig(fsdp=8, context=4), devices).devices
+    assert [chip.id for chip in grid.flat] == list(range(32))
+
+
+def test_cpu_devices_stay_in_order():
+    mesh = make_mesh(MeshConfig(fsdp=-1, tensor=2))
+    assert mesh.axis_names == MESH_AXES and dict(mesh.shape) == dict(zip(MESH_AXES, (1, 4, 1, 1, 2), strict=True))
+    assert list(mesh.devices.flat) == jax.devices()
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+def equations(jaxpr, trips: int = 1):
+    """Every equation with how often it runs, those of inner programs included."""
+    for eqn in jaxpr.eqns:
+        yield eqn, trips
+        inside = trips * eqn.params["length"] if eqn.primitive.name == "scan" else trips
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner, inside)
+
+
+def test_a_gradient_crosses_slices_once_and_as_a_shard(make_run):
+    """Over `replica` goes one sum of each weight's gradient, after its microbatches and of what fsdp leaves of it.
+
+    All else are statistics of tokens and experts, of a few numbers a layer.
+    """
+    cfg = make_run()
+    learner = replace(cfg.learners["scout"], microbatches=2)
+    mesh = make_mesh(MeshConfig(replica=2, fsdp=4))
+    params = abstract_state(cfg, mesh).learners["scout"].params
+    rows = jax.ShapeDtypeStruct((16, cfg.train.seq_len), np.int32)
+    batch = Batch(*[rows] * len(Batch._fields))._replace(loss_mask=jax.ShapeDtypeStruct(rows.shape, np.float32))
+    one = jax.ShapeDtypeStruct((), np.float32)
+    jaxpr = jax.make_jaxpr(gradient(learner, mesh, 2))(params, batch, (one, one)).jaxpr
+    crossing = [(eqn, trips) for eqn, trips in equations(jaxpr) if REPLICA in axes_of(eqn)]
+    assert {eqn.primitive.name for eqn, _ in crossing} == {"psum"}
+    operands = [(x.aval.shape, axes_of(eqn), trips) for eqn, trips in crossing for x in eqn.invars]
+    shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(params)]
+    assert sorted(shape for shape, axes, _ in operands if axes == (REPLICA,)) == sorted(shards)
+    assert {trips for _, axes, trips in operands if axes == (REPLICA,)} == {1}
+    experts = cfg.learners["scout"].model.num_experts * cfg.learners["scout"].model.num_layers
+    assert all(np.prod(shape) <= experts for shape, axes, _ in operands if axes != (REPLICA,))
+
+
+def axes_of(eqn) -> tuple:
+    names = eqn.params.get("axis_name", eqn.params.get("axes", ()))
+    return names if isinstance(names, tuple) else (names,)
