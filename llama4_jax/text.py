@@ -83,21 +83,33 @@ class Transformer(nnx.Module):
             x_BTD = execution.fetch_module(self.embedding)(tokens_BT)
         graphdef, stacked = nnx.split(self.blocks)
 
+        layer_by_layer = execution.remat in ("layer", "nested")
+
+        def run_alike(x_BTD, layers: list[Layer]):
+            """Neighbours of one kind: a loop, which is compiled once."""
+            graph = nnx.split(layers[0])[0]
+
+            def run_layer(x_BTD, stored):
+                # Fetched inside what is recomputed, so that one layer's weights live at a time.
+                layer = execution.fetch_module(nnx.merge(graph, stored))
+                return layer(x_BTD, positions_BT, segment_ids_BT, execution)
+
+            if layer_by_layer:
+                # Outside a loop, in a block that is recomputed itself, XLA would merge the two forward passes.
+                run_layer = jax.checkpoint(run_layer, prevent_cse=len(layers) == 1)
+            states = [nnx.split(layer)[1] for layer in layers]
+            if len(layers) > 1:
+                return jax.lax.scan(run_layer, x_BTD, jax.tree.map(lambda *w: jnp.stack(w), *states))
+            x_BTD, stats = run_layer(x_BTD, states[0])
+            return x_BTD, jax.tree.map(lambda s: s[None], stats)
+
         def run_block(x_BTD, stored):
-            all_stats = []
-            for i in range(self.cfg.period):
-
-                def run_layer(x_BTD, stored, i=i):
-                    # Fetched inside what is recomputed: with `layer` and `nested` one layer's weights live at a time.
-                    layers = nnx.merge(graphdef, stored).layers
-                    return execution.fetch_module(layers[i])(x_BTD, positions_BT, segment_ids_BT, execution)
-
-                if execution.remat in ("layer", "nested"):
-                    run_layer = jax.checkpoint(run_layer, prevent_cse=False)
-                with jax.named_scope(f"layer_{i}"):
-                    x_BTD, stats = run_layer(x_BTD, stored)
+            layers, all_stats = list(nnx.merge(graphdef, stored).layers), []
+            for first, last in _neighbours(self.cfg.pattern, alike=layer_by_layer):
+                with jax.named_scope(f"layer_{first}" if first == last else f"layers_{first}_{last}"):
+                    x_BTD, stats = run_alike(x_BTD, layers[first : last + 1])
                 all_stats += [stats] if stats is not None else []
-            return x_BTD, jax.tree.map(lambda *s: jnp.stack(s), *all_stats)
+            return x_BTD, jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats)
 
         if execution.remat in ("block", "nested"):
             run_block = jax.checkpoint(run_block, prevent_cse=False)
@@ -113,6 +125,12 @@ class Transformer(nnx.Module):
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         out = self(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), execution)
         return jnp.einsum("BTD,DV->BTV", out.hidden, out.unembedding, preferred_element_type=jnp.float32)
+
+
+def _neighbours(pattern: tuple[LayerKind, ...], alike: bool) -> list[tuple[int, int]]:
+    """First and last of each run of layers of one kind; each layer by itself if not `alike`."""
+    firsts = [i for i, kind in enumerate(pattern) if not (alike and i and kind == pattern[i - 1])]
+    return list(zip(firsts, [*(i - 1 for i in firsts[1:]), len(pattern) - 1], strict=True))
 
 
 def abstract(cfg: ModelConfig) -> Transformer:
