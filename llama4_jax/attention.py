@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from llama4_jax.axes import CONTEXT, Execution, all_gather, axis_index, axis_size, param
 from llama4_jax.config import ModelConfig
-from llama4_jax.kernels.attention.api import chunked_attention, global_attention
+from llama4_jax.kernels.attention.api import attention, chunked_attention
 from llama4_jax.layers import rms_normalise, rope_frequencies, rotate
 
 
@@ -78,23 +78,79 @@ class Attention(nnx.Module):
         segment_ids_BT: Int[Array, "B T"],
         execution: Execution,
     ) -> Float[Array, "B T N H"]:
-        """What the queries of whole rows gather: `project`'s result in, heads out."""
-        attend = self._attend_local if self.local else self._attend_global
-        return attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        """What the queries of whole rows gather: `project`'s result in, heads out.
 
-    def _attend_global(self, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-        """Rows lie contiguously over the context axis: each device's queries see the gathered keys and values."""
-        k_BSKH, v_BSKH, segment_ids_BS = (all_gather(x, CONTEXT, dim=1) for x in (k_BTKH, v_BTKH, segment_ids_BT))
-        start = axis_index(CONTEXT) * q_BTNH.shape[1]
-        return global_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, segment_ids_BS, start)
+        Rows lie contiguously over the context axis. Local layers of shards that hold whole chunks communicate nothing.
+        """
+        chunk, backend = self.cfg.chunk, execution.attention
+        if not self.local:
+            return _EXCHANGES[execution.exchange](q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, backend)
+        if axis_size(CONTEXT) == 1 or q_BTNH.shape[1] % chunk == 0:
+            return chunked_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chunk, backend=backend)
+        # The shard cuts a chunk: the row's keys are gathered, and each chunk's part of a document is a segment.
+        chunks = -(-q_BTNH.shape[1] * axis_size(CONTEXT) // chunk)
+        pieces_BT = segment_ids_BT * chunks + (_row_positions(q_BTNH) // chunk)[None, :]
+        return _gather(q_BTNH, k_BTKH, v_BTKH, pieces_BT, backend)
 
-    def _attend_local(self, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-        """A context shard of whole chunks communicates nothing; one that cuts a chunk gathers the row first."""
-        T = q_BTNH.shape[1]
-        if T % self.cfg.chunk == 0 or axis_size(CONTEXT) == 1:
-            return chunked_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, self.cfg.chunk)
-        q_BSNH, k_BSKH, v_BSKH, segment_ids_BS = (
-            all_gather(x, CONTEXT, dim=1) for x in (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+def _row_positions(q_BTNH) -> Int[Array, "T"]:
+    """Where this device's part of the row stands in it."""
+    T = q_BTNH.shape[1]
+    return axis_index(CONTEXT) * T + jnp.arange(T)
+
+
+def _gather(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, backend):
+    """Keys and values are gathered; queries stay. Of causal work the last device has twice the mean."""
+    if axis_size(CONTEXT) == 1:
+        return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, segment_ids_BT, backend=backend)
+    k_BSKH, v_BSKH, segment_ids_BS = (all_gather(x, CONTEXT, dim=1) for x in (k_BTKH, v_BTKH, segment_ids_BT))
+    return attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, segment_ids_BS, _row_positions(q_BTNH), backend=backend)
+
+
+def _mirror(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, backend):
+    """Keys and values are gathered, and devices i and c-1-i swap the second halves of their queries.
+
+    Each then has an early half and a late one: the causal work of all is equal. A middle device swaps with itself.
+    """
+    c, half = axis_size(CONTEXT), -(-q_BTNH.shape[1] // 2)
+    if c == 1:
+        return _gather(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, backend)
+
+    def swap(x):
+        theirs = jax.lax.ppermute(x[:, half:], CONTEXT, [(i, c - 1 - i) for i in range(c)])
+        return jnp.concatenate([x[:, :half], theirs], axis=1)
+
+    k_BSKH, v_BSKH, segment_ids_BS = (all_gather(x, CONTEXT, dim=1) for x in (k_BTKH, v_BTKH, segment_ids_BT))
+    positions_T = swap(_row_positions(q_BTNH)[None, :])[0]
+    q_BTNH, q_segments_BT = swap(q_BTNH), swap(segment_ids_BT)
+    return swap(attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, segment_ids_BS, positions_T, backend=backend))
+
+
+def _heads(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, backend):
+    """Each device exchanges its part of the row for its part of the heads, which see the whole row: plain causal.
+
+    With fewer kv heads than devices, each is sent to the devices whose queries it serves.
+    """
+    c, N, K = axis_size(CONTEXT), q_BTNH.shape[2], k_BTKH.shape[2]
+    if N % c or (K % c and c % K):
+        fitting = [n for n in range(1, N + 1) if N % n == 0 and (K % n == 0 or n % K == 0)]
+        nearest = min(fitting, key=lambda n: (abs(n - c), n))
+        raise ValueError(
+            f"exchange 'heads' cannot deal {N} query heads and {K} kv heads to mesh.context = {c}: the nearest is "
+            f"mesh.context = {nearest}; 'gather' and 'mirror' take any"
         )
-        out_BSNH = chunked_attention(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, self.cfg.chunk)
-        return jax.lax.dynamic_slice_in_dim(out_BSNH, axis_index(CONTEXT) * T, T, axis=1)
+
+    def swap(x, to_heads: bool):
+        split, concat = (2, 1) if to_heads else (1, 2)
+        return jax.lax.all_to_all(x, CONTEXT, split_axis=split, concat_axis=concat, tiled=True) if c > 1 else x
+
+    q_BSNH, k_BSKH, v_BSKH = (swap(x, True) for x in (q_BTNH, *(_repeat(x, c) for x in (k_BTKH, v_BTKH))))
+    segment_ids_BS = all_gather(segment_ids_BT, CONTEXT, dim=1)
+    return swap(attention(q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, segment_ids_BS, backend=backend), False)
+
+
+def _repeat(x_BTKH, c: int):
+    return jnp.repeat(x_BTKH, max(1, c // x_BTKH.shape[2]), axis=2)
+
+
+_EXCHANGES = {"gather": _gather, "mirror": _mirror, "heads": _heads}

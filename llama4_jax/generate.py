@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llama4_jax.attention import Attention
 from llama4_jax.axes import Execution
 from llama4_jax.config import ModelConfig
-from llama4_jax.kernels.attention.api import global_attention
+from llama4_jax.kernels.attention import reference
 from llama4_jax.text import Transformer
 
 PORTABLE = Execution()
@@ -134,7 +134,8 @@ def decode(
         cache = Cache(*(c.at[block, rows_B, slot_B].set(x[:, 0]) for c, x in zip(cache, (k_B1KH, v_B1KH), strict=True)))
         # The query stands behind all slots, and those filled in its chunk are of its segment.
         seen_BS = (jnp.arange(slots)[None, :] <= slot_B[:, None]).astype(jnp.int32)
-        return global_attention(q_B1NH, cache.k[block], cache.v[block], one_B1, seen_BS, slots - 1), cache
+        behind_1 = jnp.array([slots - 1])
+        return reference.attention(q_B1NH, cache.k[block], cache.v[block], one_B1, seen_BS, behind_1), cache
 
     x_B1D, caches = _forward(model, tokens_B[:, None], positions_B[:, None], one_B1, caches, attend)
     return _logits(model, x_B1D), caches

@@ -9,7 +9,7 @@ from unittest import mock
 
 VERSION = "0.0.12"
 """Its kernels are reached by private paths, so the version is exact."""
-INSTALL = f"pip install --no-deps tokamax=={VERSION}; pip install einshape immutabledict pydantic qwix typeguard"
+INSTALL = f"pip install --no-deps tokamax=={VERSION}; pip install einshape immutabledict pydantic qwix tqdm typeguard"
 
 
 def vendor(module: str) -> ModuleType:

@@ -131,7 +131,7 @@ def test_chunks_of_the_row_are_chunks_of_the_documents():
     """For chunk-aligned rows, cutting the row equals the mask by (segment, position // chunk), all else equal."""
     _, positions, segment_ids = packed_rows()
     q, k, v = normal(3, 2, ROW, 4, 8), normal(4, 2, ROW, 2, 8), normal(5, 2, ROW, 2, 8)
-    cut = chunked_attention(q, k, v, jnp.asarray(segment_ids), CHUNK)
+    cut = chunked_attention(q, k, v, jnp.asarray(segment_ids), CHUNK, backend="reference")
     pieces = jnp.asarray(segment_ids * ROW + positions // CHUNK)  # one id for each (segment, chunk of the document)
     masked = reference.attention(q, k, v, pieces, pieces)
     valid = segment_ids > 0
