@@ -106,7 +106,7 @@ class Execution:
     remat: Literal["none", "layer", "block", "nested"] = "block"
     """What the backward pass recomputes: nothing; each layer from its input; each period of layers from its input,
     whose gathered weights then live together; or both, twice the work for the least memory."""
-    attention: str = "reference"
+    attention: str = "blockwise"
     """Backend of `kernels/attention`."""
     exchange: Literal["gather", "mirror", "heads"] = "gather"
     """What crosses the context axis in global layers: keys and values, to queries as they lie (`gather`) or dealt out

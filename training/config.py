@@ -98,11 +98,12 @@ class Learner:
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over the mesh; bfloat16 halves that traffic."""
     attention: Literal["auto", "blockwise", "splash", "cudnn", "mosaic_gpu", "reference"] = "auto"
-    """Attention kernel; auto: splash on TPU, cudnn on GPU, blockwise elsewhere."""
-    exchange: Literal["gather", "mirror", "heads"] = "gather"
+    """Attention kernel; auto: splash on TPU, mosaic_gpu on GPU, blockwise elsewhere."""
+    exchange: Literal["auto", "gather", "mirror", "heads"] = "auto"
     """What crosses mesh.context in global layers: keys and values, with the causal work as it lies (gather) or dealt
-    out evenly (mirror); or heads in exchange for sequence (heads)."""
-    grouped_matmul: Literal["auto", "blocks", "megablox", "triton", "ragged_dot", "reference"] = "auto"
+    out evenly (mirror); or heads in exchange for sequence (heads). auto: heads on GPU where they divide, else
+    mirror."""
+    grouped_matmul: Literal["auto", "blocks", "megablox", "triton", "reference"] = "auto"
     """The experts' matmul; auto: megablox on TPU, triton on GPU, blocks elsewhere."""
     dispatch: Literal["fsdp", "all_to_all", "ragged_all_to_all"] = "fsdp"
     """How tokens and experts meet: the experts' weights are gathered and no token is dropped (fsdp), or tokens travel

@@ -55,6 +55,15 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
 
 
+def deals_heads(model: ModelConfig, mesh: Mesh) -> bool:
+    """Whether the context axis can take heads in exchange for sequence; few kv heads may go to several devices."""
+    ways, heads, kv_heads = (
+        mesh.shape[CONTEXT],
+        *(n // mesh.shape[TENSOR] for n in (model.num_heads, model.num_kv_heads)),
+    )
+    return heads % ways == 0 and (kv_heads % ways == 0 or ways % max(kv_heads, 1) == 0)
+
+
 def check_fits(cfg: RunConfig, mesh: Mesh) -> None:
     """ValueError, in a line, for a batch or a model that cannot be split over the mesh as it is."""
     size = mesh.shape
@@ -73,6 +82,11 @@ def check_fits(cfg: RunConfig, mesh: Mesh) -> None:
             raise ValueError(
                 f"train.batch ({cfg.train.batch}) must be a multiple of replica x fsdp x expert x {name}'s "
                 f"microbatches = {rows}: the nearest is {max(1, round(cfg.train.batch / rows)) * rows}"
+            )
+        if learner.exchange == "heads" and not deals_heads(learner.model, mesh):
+            raise ValueError(
+                f"{name}: exchange heads cannot deal {learner.model.num_heads} query and {learner.model.num_kv_heads} "
+                f"kv heads over mesh.context x mesh.tensor = {shared}: exchange mirror and gather take any number"
             )
         for what, value, axes in _divisions(learner.model):
             ways = int(np.prod([size[a] for a in axes]))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from llama4_jax.axes import Execution
 from llama4_jax.text import Transformer
 from training.config import Learner, RunConfig
-from training.mesh import shardings
+from training.mesh import deals_heads, shardings
 from training.optimizer import make_optimizer
 
 
@@ -31,26 +31,35 @@ class TrainState(NamedTuple):
     learners: dict[str, LearnerState]
 
 
-BACKENDS = {"cpu": ("reference", "blocks"), "tpu": ("splash", "megablox"), "gpu": ("reference", "ragged_dot")}
-"""Kernels of attention and of the experts' matmul that `auto` stands for, by platform."""
+class Backends(NamedTuple):
+    """What `auto` stands for."""
+
+    attention: str
+    exchange: Any
+    grouped_matmul: str
+
+
+BACKENDS = {
+    "cpu": Backends("blockwise", "mirror", "blocks"),
+    "tpu": Backends("splash", "mirror", "megablox"),
+    "gpu": Backends("mosaic_gpu", "heads", "triton"),
+}
 
 
 def execution(learner: Learner, mesh: Mesh) -> Execution:
     """How the learner runs on the mesh's devices."""
     platform = mesh.devices.flat[0].platform
     platform = "gpu" if platform == "cuda" else platform
-    attention, grouped_matmul = BACKENDS[platform]
+    chosen = {
+        name: best if getattr(learner, name) == "auto" else getattr(learner, name)
+        for name, best in BACKENDS[platform]._asdict().items()
+    }
+    if learner.exchange == "auto" and not deals_heads(learner.model, mesh):
+        chosen["exchange"] = "mirror"
     return Execution(
-        learner.compute_dtype,
-        learner.reduce_dtype,
-        learner.remat,
-        attention=attention if learner.attention == "auto" else learner.attention,
-        exchange=learner.exchange,
-        grouped_matmul=grouped_matmul if learner.grouped_matmul == "auto" else learner.grouped_matmul,
-        dispatch=learner.dispatch,
-        capacity=learner.capacity,
-        platform=platform,
-    )
+        learner.compute_dtype, learner.reduce_dtype, learner.remat, **chosen, dispatch=learner.dispatch,
+        capacity=learner.capacity, platform=platform,
+    )  # fmt: skip
 
 
 def graphdef(learner: Learner) -> nnx.GraphDef:

@@ -170,14 +170,18 @@ def test_the_limits_of_sampling_are_greedy():
         assert sample(logits_BV, jax.random.key(0), temperature, top_p).tolist() == greedy
 
 
-def test_bfloat16_decodes_as_the_bfloat16_forward():
+def test_bfloat16_decodes_as_well_as_the_bfloat16_forward():
+    """Both as far from fp32. Token by token they may differ: rounding sends a token near a tie to another expert."""
     model = Execution(compute_dtype="bfloat16").fetch_module(model_of("scout"))
     tokens_BS = random_tokens(5, ROWS, 20)
-    lengths_B = jnp.full(ROWS, 4)
-    got_BNV = replay(*nnx.split(model), tokens_BS[:, :4], lengths_B, tokens_BS[:, 4:], 20)
-    assert got_BNV.dtype == jnp.float32
-    want_BNV = full_logits(model_of("scout"), tokens_BS, "bfloat16")[:, 3:20]
-    assert np.linalg.norm(got_BNV - want_BNV) < 2e-2 * np.linalg.norm(want_BNV)
+    decoded_BNV = replay(*nnx.split(model), tokens_BS[:, :4], jnp.full(ROWS, 4), tokens_BS[:, 4:], 20)
+    assert decoded_BNV.dtype == jnp.float32
+    exact_BNV, forward_BNV = (full_logits(model_of("scout"), tokens_BS, d)[:, 3:20] for d in ("float32", "bfloat16"))
+
+    def typical_error(got_BNV):
+        return np.median(np.linalg.norm(got_BNV - exact_BNV, axis=-1) / np.linalg.norm(exact_BNV, axis=-1))
+
+    assert 0 < typical_error(decoded_BNV) < 1.5 * typical_error(forward_BNV) < 0.05
 
 
 def test_sharded_weights_generate_the_same():

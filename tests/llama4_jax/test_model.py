@@ -242,7 +242,7 @@ def test_the_balance_loss_is_one_when_balanced_and_e_when_collapsed():
     one_hot = jnp.array([tokens, 0, 0, 0])
     even = jnp.full(E, tokens / E)
     stats = RouterStats(jnp.stack([2 * even, 2 * one_hot]), jnp.stack([even, one_hot]),
-                        jnp.array([tokens, 9 * tokens]), jnp.full(2, tokens))  # fmt: skip
+                        jnp.array([tokens, 9 * tokens]), jnp.full(2, tokens), jnp.zeros(2))  # fmt: skip
     balance, z, total = router_losses(RouterStats(*(s[:1] for s in stats)), experts_per_token=2)
     assert (float(balance), float(z)) == (pytest.approx(1), pytest.approx(1))
     balance, z, total = router_losses(stats, experts_per_token=2)

@@ -7,19 +7,15 @@ from types import ModuleType
 
 from jaxtyping import Array, Float, Int
 
-BACKENDS = {
-    "blocks": "blocks",
-    "megablox": "megablox",
-    "triton": "triton",
-    "ragged_dot": "ragged",
-    "reference": "reference",
-}
-"""Backend -> its module. Each may name what it asks of its caller: GROUP, what group sizes are multiples of, and ROWS,
-what R is a multiple of (1 where it names nothing)."""
+BACKENDS = ("blocks", "megablox", "triton", "reference")
+"""Modules of this package: any platform, TPU, GPU, the truth. Each may name what it asks of its caller: GROUP, what
+group sizes are multiples of, and ROWS, what R is a multiple of (1 where it names nothing)."""
 
 
 def _module(backend: str) -> ModuleType:
-    return import_module(f"{__package__}.{BACKENDS[backend]}")
+    if backend not in BACKENDS:
+        raise ValueError(f"no grouped matmul {backend!r}: there are {', '.join(BACKENDS)}")
+    return import_module(f"{__package__}.{backend}")
 
 
 def group_multiple(backend: str) -> int:
