@@ -18,7 +18,7 @@ TEST_STAMP := .venv/.installed-test$(subst $(space),,$(addprefix -,$(EXTRA_LIST)
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint canary clean
+.PHONY: help demo test test-slow lint bench-cpu canary clean
 
 help: ## show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,14 @@ lint: $(TEST_STAMP) ## check style, format and types
 	@$(BIN)/ruff check --output-format concise
 	@$(BIN)/ruff format --check
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+# Beside transformers, which the extra `verify` brings.
+bench-cpu: ## time the training step beside transformers' and fill docs/performance.md
+	@$(MAKE) --no-print-directory EXTRAS="$(sort $(EXTRA_LIST) verify)" bench-cpu-run
+
+.PHONY: bench-cpu-run
+bench-cpu-run: $(TEST_STAMP)
+	@$(BIN)/python -m tools.bench_cpu --docs docs/performance.md
 
 canary: ## run the tests on Python 3.12 with the newest releases, unpinned
 	@test -x .venv-canary/bin/python || $(CANARY_PYTHON) -m venv --clear .venv-canary

@@ -31,6 +31,7 @@ COMMANDS = {
     "verify": ("launch.verify", "compare a Hugging Face folder's logits with transformers' or a NumPy oracle's"),
     "inspect": ("launch.inspect", "show a model's layers and count its parameters"),
     "report": ("launch.report", "write a page about a run, or about several side by side"),
+    "bench": ("launch.bench", "time a preset's step on synthetic tokens"),
     "data": ("launch.data", "show what a run would read"),
     "tokenizer": ("launch.tokenizer", "train a tokenizer, encode and decode with one"),
 }
