@@ -17,6 +17,8 @@ axes the weight is replicated on (`Execution.sum_shares`).
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,11 +43,17 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 """Where each logical axis is stored. Within one weight the first dimension to name a mesh axis gets it."""
 
+TOGETHER = 2**27
+"""Weights of at most so many elements are gathered as one array, and their gradients summed as one: a collective costs
+a TPU's compiler seconds and the network a start. Larger ones go by themselves, since taking them apart is a copy."""
+Gathers = tuple[tuple[int, tuple[str, ...]], ...]
 
-def axis_size(name: str) -> int:
-    """Size of a mesh axis inside the enclosing `shard_map`; 1 where there is none."""
+
+def axis_size(names: tuple[str, ...] | str) -> int:
+    """Size of a mesh axis, or product of several, inside the enclosing `shard_map`; 1 where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape[name] if name in mesh.manual_axes else 1
+    names = (names,) if isinstance(names, str) else names
+    return math.prod(mesh.shape[name] for name in names if name in mesh.manual_axes)
 
 
 def present(names: tuple[str, ...] | str) -> tuple[str, ...]:
@@ -103,9 +111,12 @@ class Execution:
     """Dtype of activations and of the weights as used; masters stay fp32."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over the mesh."""
-    remat: Literal["none", "layer", "block", "nested"] = "block"
-    """What the backward pass recomputes: nothing; each layer from its input; each period of layers from its input,
-    whose gathered weights then live together; or both, twice the work for the least memory."""
+    remat: Literal["none", "attention", "layer", "block", "nested"] = "block"
+    """What the backward pass recomputes: nothing; each layer from its input but for what attention keeps (its output
+    and a logsumexp); each layer from its input; each period of layers from its input, whose gathered weights then live
+    together; or both, twice the work for the least memory."""
+    offload: bool = False
+    """The inputs that layers, or periods of them, are recomputed from wait in the host's memory."""
     attention: str = "blockwise"
     """Backend of `kernels/attention`."""
     exchange: Literal["gather", "mirror", "heads"] = "gather"
@@ -151,18 +162,28 @@ class Execution:
         Backward: the gradient's shares are reduce-scattered in `reduce_dtype`, back to the fp32 shards.
         """
 
-        def one(p: nnx.Param) -> nnx.Variable:
-            w = p.get_value()
-            stay = {TENSOR, EXPERT} if "experts" in p.axes and self.dispatch != "fsdp" else {TENSOR}
-            gathers = tuple(
-                (dim, axes)
-                for dim, names in enumerate(self.stored_over(p.axes, w.ndim))
-                if (axes := present(tuple(n for n in names if n not in stay)))
-            )
-            dtype = jnp.float32 if p.fp32 else jnp.dtype(self.compute_dtype)
-            return p.replace(_gather(w, gathers, dtype, jnp.dtype(self.reduce_dtype)))
+        leaves, tree = jax.tree.flatten(state, is_leaf=is_variable)
+        together: dict[Any, list[int]] = {}
+        for i, p in enumerate(leaves):
+            dtype = jnp.dtype(jnp.float32 if p.fp32 else self.compute_dtype)
+            gathers = self.gathered(p)
+            small = len(gathers) == 1 and p.get_value().size * axis_size(gathers[0][1]) <= TOGETHER
+            together.setdefault((gathers[0][1] if small else i, dtype), []).append(i)
+        with jax.named_scope("fetch"):
+            for (_, dtype), some in together.items():
+                values, gathers = [leaves[i].get_value() for i in some], tuple(self.gathered(leaves[i]) for i in some)
+                for i, w in zip(some, _gather(values, gathers, dtype, jnp.dtype(self.reduce_dtype)), strict=True):
+                    leaves[i] = leaves[i].replace(w)
+        return tree.unflatten(leaves)
 
-        return map_params(one, state)
+    def gathered(self, p: nnx.Variable) -> Gathers:
+        """(dimension, mesh axes) of what `fetch` gathers of a weight."""
+        stay = {TENSOR, EXPERT} if "experts" in p.axes and self.dispatch != "fsdp" else {TENSOR}
+        return tuple(
+            (dim, axes)
+            for dim, names in enumerate(self.stored_over(p.axes, p.get_value().ndim))
+            if (axes := present(tuple(n for n in names if n not in stay)))
+        )
 
     def fetch_module(self, module: Any) -> Any:
         """`fetch` for a whole module."""
@@ -182,23 +203,49 @@ class Execution:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(w: jax.Array, gathers: tuple[tuple[int, tuple[str, ...]], ...], dtype, reduce_dtype) -> jax.Array:
-    """Cast, then gather the dimensions named in `gathers`; its transpose sums in `reduce_dtype`."""
-    w = w.astype(dtype)
-    for dim, axes in gathers:
-        w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
-    return w
+def _gather(weights: list[jax.Array], gathers: tuple[Gathers, ...], dtype, reduce_dtype) -> list[jax.Array]:
+    """Cast, then gather the dimensions named in `gathers`; its transpose sums in `reduce_dtype`.
+
+    Several weights have one such dimension each, over the same mesh axes, and travel as one.
+    """
+    weights = [w.astype(dtype) for w in weights]
+    if len(weights) == 1:
+        (w,) = weights
+        for dim, axes in gathers[0]:
+            w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+        return [w]
+    axes = gathers[0][0][1]
+    flat = jax.lax.all_gather(jnp.concatenate([w.reshape(-1) for w in weights]), axes)
+    ends = list(itertools.accumulate(w.size for w in weights))
+    parts = jnp.split(flat, ends[:-1], axis=1)
+    return [
+        jnp.moveaxis(part.reshape(-1, *w.shape), 0, dim).reshape(*w.shape[:dim], -1, *w.shape[dim + 1 :])
+        for part, w, ((dim, _),) in zip(parts, weights, gathers, strict=True)
+    ]
 
 
-def _gather_fwd(w, gathers, dtype, reduce_dtype):
-    return _gather(w, gathers, dtype, reduce_dtype), None
+def _gather_fwd(weights, gathers, dtype, reduce_dtype):
+    return _gather(weights, gathers, dtype, reduce_dtype), None
 
 
-def _gather_bwd(gathers, dtype, reduce_dtype, _, g):
-    g = g.astype(reduce_dtype)
-    for dim, axes in reversed(gathers):
-        g = jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
-    return (g.astype(jnp.float32),)
+def _gather_bwd(gathers, dtype, reduce_dtype, _, grads):
+    grads = [g.astype(reduce_dtype) for g in grads]
+    if len(grads) == 1:
+        (g,) = grads
+        for dim, axes in reversed(gathers[0]):
+            g = jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
+        return ([g.astype(jnp.float32)],)
+    axes = gathers[0][0][1]
+    devices = axis_size(axes)
+    shapes = [(*g.shape[:dim], g.shape[dim] // devices, *g.shape[dim + 1 :])
+              for g, ((dim, _),) in zip(grads, gathers, strict=True)]  # fmt: skip
+    parts = [
+        jnp.moveaxis(g.reshape(*shape[:dim], devices, *shape[dim:]), dim, 0).reshape(devices, -1)
+        for g, shape, ((dim, _),) in zip(grads, shapes, gathers, strict=True)
+    ]
+    flat = jax.lax.psum_scatter(jnp.concatenate(parts, axis=1), axes).astype(jnp.float32)
+    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+    return ([g.reshape(shape) for g, shape in zip(jnp.split(flat, ends[:-1]), shapes, strict=True)],)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

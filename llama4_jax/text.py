@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.attention import Attention
 from llama4_jax.axes import TENSOR, Execution, psum
 from llama4_jax.config import LayerKind, ModelConfig
+from llama4_jax.kernels.attention.api import RESIDUALS as ATTENTION
 from llama4_jax.layers import Embedding, RMSNorm, SwiGLU, Unembedding
 from llama4_jax.moe import MoE, RouterStats
+
+INPUT = "input"
+"""Name of what a recomputed part is recomputed from."""
 
 
 class Layer(nnx.Module):
@@ -82,8 +88,8 @@ class Transformer(nnx.Module):
         with jax.named_scope("embedding"):
             x_BTD = execution.fetch_module(self.embedding)(tokens_BT)
         graphdef, stacked = nnx.split(self.blocks)
-
-        layer_by_layer = execution.remat in ("layer", "nested")
+        every_layer = execution.remat in ("attention", "layer", "nested")  # is recomputed by itself
+        block_too = execution.remat in ("block", "nested")
 
         def run_alike(x_BTD, layers: list[Layer]):
             """Neighbours of one kind: a loop, which is compiled once."""
@@ -92,11 +98,12 @@ class Transformer(nnx.Module):
             def run_layer(x_BTD, stored):
                 # Fetched inside what is recomputed, so that one layer's weights live at a time.
                 layer = execution.fetch_module(nnx.merge(graph, stored))
+                x_BTD = x_BTD if block_too else checkpoint_name(x_BTD, INPUT)
                 return layer(x_BTD, positions_BT, segment_ids_BT, execution)
 
-            if layer_by_layer:
+            if every_layer:
                 # Outside a loop, in a block that is recomputed itself, XLA would merge the two forward passes.
-                run_layer = jax.checkpoint(run_layer, prevent_cse=len(layers) == 1)
+                run_layer = jax.checkpoint(run_layer, prevent_cse=len(layers) == 1, policy=_kept(execution))
             states = [nnx.split(layer)[1] for layer in layers]
             if len(layers) > 1:
                 return jax.lax.scan(run_layer, x_BTD, jax.tree.map(lambda *w: jnp.stack(w), *states))
@@ -104,15 +111,16 @@ class Transformer(nnx.Module):
             return x_BTD, jax.tree.map(lambda s: s[None], stats)
 
         def run_block(x_BTD, stored):
+            x_BTD = checkpoint_name(x_BTD, INPUT) if block_too else x_BTD
             layers, all_stats = list(nnx.merge(graphdef, stored).layers), []
-            for first, last in _neighbours(self.cfg.pattern, alike=layer_by_layer):
+            for first, last in _neighbours(self.cfg.pattern, alike=every_layer):
                 with jax.named_scope(f"layer_{first}" if first == last else f"layers_{first}_{last}"):
                     x_BTD, stats = run_alike(x_BTD, layers[first : last + 1])
                 all_stats += [stats] if stats is not None else []
             return x_BTD, jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats)
 
-        if execution.remat in ("block", "nested"):
-            run_block = jax.checkpoint(run_block, prevent_cse=False)
+        if block_too:
+            run_block = jax.checkpoint(run_block, prevent_cse=False, policy=_kept(execution))
         x_BTD, stats = jax.lax.scan(run_block, x_BTD, stacked)
         # [blocks, MoE layers of a block, ...] -> [MoE layers, ...]
         stats = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
@@ -125,6 +133,18 @@ class Transformer(nnx.Module):
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         out = self(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), execution)
         return jnp.einsum("BTD,DV->BTV", out.hidden, out.unembedding, preferred_element_type=jnp.float32)
+
+
+def _kept(execution: Execution) -> Callable[..., Any]:
+    """What a recomputed part keeps for the backward pass: its input, here or on the host, and perhaps attention's."""
+    policies = jax.checkpoint_policies
+    names = [ATTENTION] if execution.remat == "attention" else []
+    if not execution.offload:
+        return policies.save_only_these_names(*names)
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=names, names_which_can_be_offloaded=[INPUT], offload_src="device",
+        offload_dst="pinned_host",
+    )  # fmt: skip
 
 
 def _neighbours(pattern: tuple[LayerKind, ...], alike: bool) -> list[tuple[int, int]]:

@@ -110,13 +110,18 @@ class Learner:
     over mesh.expert, in buffers of `capacity`."""
     capacity: float = 1.25
     """Room for routed tokens, times what a balanced router needs, under the two all_to_all dispatches."""
-    remat: Literal["none", "layer", "block", "nested"] = "block"
-    """What the backward pass recomputes: nothing, each layer, each period of layers, or both (least memory)."""
+    remat: Literal["none", "attention", "layer", "block", "nested"] = "block"
+    """What the backward pass recomputes: nothing, each layer without its attention, each layer, each period of layers,
+    or the last two (least memory)."""
+    offload: bool = False
+    """Keep what layers, or periods of them, are recomputed from in the host's memory."""
 
     def __post_init__(self):
         _check(self.microbatches >= 1, f"microbatches must be at least 1, not {self.microbatches}")
         _check(not self.init or self.init.startswith(("hf:", "run:")),
                f"init must be empty, hf:DIR or run:DIR, not {self.init!r}")  # fmt: skip
+        _check(not self.offload or self.remat != "none",
+               "offload moves what is recomputed from, and remat none recomputes nothing: the nearest is remat attention")  # fmt: skip
 
 
 @dataclass(frozen=True)

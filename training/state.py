@@ -57,8 +57,8 @@ def execution(learner: Learner, mesh: Mesh) -> Execution:
     if learner.exchange == "auto" and not deals_heads(learner.model, mesh):
         chosen["exchange"] = "mirror"
     return Execution(
-        learner.compute_dtype, learner.reduce_dtype, learner.remat, **chosen, dispatch=learner.dispatch,
-        capacity=learner.capacity, platform=platform,
+        learner.compute_dtype, learner.reduce_dtype, learner.remat, learner.offload, **chosen,
+        dispatch=learner.dispatch, capacity=learner.capacity, platform=platform,
     )  # fmt: skip
 
 

@@ -19,6 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+RESIDUALS = "attention"
+"""Name (`jax.ad_checkpoint.checkpoint_name`) of what a backend's forward pass keeps for its backward pass: the output
+and the softmax's statistics. Where they are saved, nothing of attention is computed twice. cuDNN's go unnamed."""
+
 PLATFORMS = {
     "reference": (),
     "blockwise": (),

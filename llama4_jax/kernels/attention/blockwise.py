@@ -18,7 +18,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from llama4_jax.kernels.attention.api import RESIDUALS
 
 BLOCK = 128
 """Most queries of a block, and most keys; of 64 to 512 the fastest on CPUs."""
@@ -128,7 +131,8 @@ def _forward(q_IBKGTH, k_JBKSH, v_JBKSH, blocks: _Blocks):
         highest, total, weighted_BKGTH = blocks.walk(i, body, (zeros[..., 0] + NEVER, zeros[..., 0], zeros))
         return (weighted_BKGTH / total[..., None]).astype(q_BKGTH.dtype), highest + jnp.log(total)
 
-    out, logsumexp = jax.lax.map(row, (jnp.arange(q_IBKGTH.shape[0]), q_IBKGTH))
+    rows = jax.lax.map(row, (jnp.arange(q_IBKGTH.shape[0]), q_IBKGTH))
+    out, logsumexp = checkpoint_name(rows, RESIDUALS)
     return out, (q_IBKGTH, k_JBKSH, v_JBKSH, blocks, out, logsumexp)
 
 

@@ -14,8 +14,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from llama4_jax.kernels.attention.api import RESIDUALS
 from llama4_jax.kernels.tokamax import vendor
 
 BLOCK = 128
@@ -111,7 +113,7 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, starts_BT, ends_T):
         ends_1T = None if ends_T is None else ends_T[None]
         return kernel(q_TNH, k_SKH, v_SKH, None, None, starts_T[None], ends_1T)
 
-    out_BTNH, softmax = jax.vmap(one_row)(q_BTNH, k_BSKH, v_BSKH, starts_BT)
+    out_BTNH, softmax = checkpoint_name(jax.vmap(one_row)(q_BTNH, k_BSKH, v_BSKH, starts_BT), RESIDUALS)
     return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, starts_BT, ends_T, out_BTNH, softmax)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llama4_jax.kernels.attention.api import RESIDUALS
 from llama4_jax.kernels.attention.blockwise import block_states
 from llama4_jax.kernels.tokamax import vendor
 
@@ -50,8 +51,9 @@ def attention(
         )
     splash = vendor("_src.ops.experimental.tpu.splash_attention.splash_attention_kernel")
     config = splash.SplashConfig(
-        block_q=bq, block_kv=bkv, block_q_dkv=bq, block_kv_dkv=bkv, dq_reduction_steps=3, interpret=interpret
-    )
+        block_q=bq, block_kv=bkv, block_q_dkv=bq, block_kv_dkv=bkv, dq_reduction_steps=3, interpret=interpret,
+        residual_checkpoint_name=RESIDUALS,
+    )  # fmt: skip
 
     def one_row(row):
         q_TNH, k_SKH, v_SKH, q_segments_T, kv_segments_S = row
