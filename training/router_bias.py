@@ -8,7 +8,9 @@ by, and to nothing else. No gradient reaches it; after each optimizer step it fo
 so that an expert above the mean loses the tokens it won narrowly. The papers add b to the sigmoid of the logit, whose
 slope is at most 1/4, so their u is worth 4u or more here. Hugging Face's Llama 4 has no bias: over the steps in which
 the learning rate falls b falls instead, linearly and to exactly 0; with r steps to go, this one included,
-b <- b (r - 1) / r. What evenness outlives it is the router's own.
+b <- b (r - 1) / r. Evenness goes with it where no balance loss keeps it: on `pretrain:tiny` with --router-balance 0 the
+busiest expert of the worst layer had 1.5 times the mean load before the fall and 2.7 times after (without b 2.5 both
+times, with the loss alone 2.0 and 1.4; u = 0.01, one seed).
 """
 
 from __future__ import annotations
