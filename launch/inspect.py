@@ -115,7 +115,7 @@ def _component(path: tuple[Any, ...]) -> str:
     """The component that a weight belongs to, by its path within the model or within a layer."""
     top, below = path[0], path[1]
     if top == "ffn":
-        return {"experts": "experts", "shared": "shared", "router_DE": "router"}.get(below, "dense")
+        return {"experts": "experts", "shared": "shared", "router_DE": "router", "bias_E": "router"}.get(below, "dense")
     return "norms" if top.endswith("_norm") else top
 
 

@@ -81,14 +81,14 @@ def param(
 ) -> nnx.Param:
     """Declare a weight: its shape, the logical name of each dimension, and its init.
 
-    `std`: standard deviation of a normal truncated at three of them; None starts at ones (a scale).
+    `std`: standard deviation of a normal truncated at three of them; None starts at ones (a scale), 0 at zeros.
     `fp32`: the weight is used in fp32 whatever the compute dtype (the router).
     Layers are stacked by `nnx.vmap` in front of these dimensions; `axes` never counts that one, so a rule that
     asks for a weight's rank asks for `len(axes)`.
     """
     assert len(shape) == len(axes)
-    if std is None:
-        value = jnp.ones(shape, jnp.float32)
+    if not std:  # which draws nothing: other weights are the same with it and without
+        value = jnp.full(shape, 1.0 if std is None else 0.0, jnp.float32)
     else:
         value = std * jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)
     return nnx.Param(value, axes=axes, fp32=fp32)

@@ -62,6 +62,8 @@ class ModelConfig:
     """E, routed experts of a MoE layer."""
     experts_per_token: int = 1
     """Routed experts a token visits beside the shared one."""
+    router_bias: bool = False
+    """Choose experts by logit plus a bias, which evens their loads without a loss and is 0 again after training."""
     moe_every: int = 1
     """Layer l (from 0) is MoE where (l + 1) is a multiple of this."""
     nope_every: int = 4

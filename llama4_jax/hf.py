@@ -52,6 +52,8 @@ TEXT_PREFIX = "language_model."
 """In front of every name of the text part in a checkpoint of the whole model."""
 OTHER_PARTS = ("vision_model.", "multi_modal_projector.")
 """Parts of the whole model that the text model does not hold."""
+ROUTER_BIAS = "bias_E"
+"""The one weight of ours that Hugging Face's model has not. Where it is 0 the models are the same."""
 
 Path = tuple[Any, ...]
 """A weight in the flat state: names, and numbers of layers within a block."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from llama4_jax.axes import TOKEN_AXES, Execution, param, psum
 from llama4_jax.config import ModelConfig
@@ -44,6 +44,18 @@ def router_losses(stats: RouterStats, experts_per_token: int) -> tuple[Float[Arr
     return jnp.mean(balance), jnp.mean(total.z / tokens), jax.lax.stop_gradient(total)
 
 
+def choose(
+    logits_RE: Float[Array, "R E"], bias_E: Float[Array, "E"] | None, top: int
+) -> tuple[Float[Array, "R A"], Int[Array, "R A"]]:
+    """The `top` experts with the largest z + b, and their z: b chooses and does nothing else, so it has no gradient."""
+    if bias_E is None:
+        z_RA, chosen_RA = jax.lax.top_k(logits_RE, top)
+    else:
+        _, chosen_RA = jax.lax.top_k(jax.lax.stop_gradient(logits_RE + bias_E[None, :]), top)
+        z_RA = jnp.take_along_axis(logits_RE, chosen_RA, axis=1)
+    return z_RA, chosen_RA
+
+
 class Experts(nnx.Module):
     """E SwiGLU experts, their matrices stacked."""
 
@@ -61,14 +73,17 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
     """y = Shared(x) + sum over the top-k experts e of Expert_e(sigmoid(z_e) x), with z = x Wr in fp32.
 
-    Experts are chosen by the raw logit; nothing is renormalised. Scaling the input is not scaling the output: SwiGLU
-    is not linear. A pair of token and expert that a dispatch has no room for (`dispatch.py`) adds nothing. Returns this
-    device's share over the tensor axis.
+    Experts are chosen by the raw logit, or with `router_bias` by z + b, where b is set by a training that balances
+    loads without a loss (Wang et al., arXiv 2408.15664); gate and statistics are of the raw logit always. Nothing is
+    renormalised. Scaling the input is not scaling the output: SwiGLU is not linear. A pair of token and expert that a
+    dispatch has no room for (`dispatch.py`) adds nothing. Returns this device's share over the tensor axis.
     """
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.cfg = cfg
         self.router_DE = param(rngs, (cfg.embed_dim, cfg.num_experts), ("embed", None), cfg.init_std, fp32=True)
+        if cfg.router_bias:
+            self.bias_E = param(rngs, (cfg.num_experts,), (None,), 0.0, fp32=True)
         self.shared = SwiGLU(cfg, cfg.expert_dim, rngs)
         self.experts = Experts(cfg, rngs)
 
@@ -79,7 +94,7 @@ class MoE(nnx.Module):
         E, A = self.cfg.num_experts, self.cfg.experts_per_token
         with jax.named_scope("router"):
             logits_RE = jnp.matmul(x_RD.astype(jnp.float32), self.router_DE[...], precision=EXACT)
-            z_RA, chosen_RA = jax.lax.top_k(logits_RE, A)
+            z_RA, chosen_RA = choose(logits_RE, self.bias_E[...] if self.cfg.router_bias else None, A)
         with jax.named_scope("experts"):
             gated_RAD = x_RD[:, None, :] * jax.nn.sigmoid(z_RA)[:, :, None].astype(x_RD.dtype)
             expert_RA = jnp.where(valid_BT.reshape(-1, 1) > 0, chosen_RA, E)  # padding visits no expert

@@ -45,6 +45,10 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest global gradient norm."""
 
+    def fall_start(self, steps: int) -> int:
+        """The first step, from 0, of those over which the rate falls; `steps` where it never does."""
+        return steps - round(self.decay * steps)
+
     def __post_init__(self):
         _check(self.kind != "adafactor" or self.moment_dtype == "float32",
                "adafactor keeps no first moment: leave optimizer.moment_dtype at float32, or take adamw")  # fmt: skip
@@ -93,6 +97,9 @@ class Learner:
     """Weight of the router's balance loss."""
     router_z: float = 0.001
     """Weight of the router's z-loss."""
+    router_bias_speed: float = 0.001
+    """u, by which a step moves the biases of model.router_bias towards even loads; while the learning rate falls, they
+    fall to 0 instead."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of activations and of the weights as used; master weights are fp32."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -118,6 +125,7 @@ class Learner:
 
     def __post_init__(self):
         _check(self.microbatches >= 1, f"microbatches must be at least 1, not {self.microbatches}")
+        _check(self.router_bias_speed >= 0, f"router_bias_speed must be at least 0, not {self.router_bias_speed}")
         _check(not self.init or self.init.startswith(("hf:", "run:")),
                f"init must be empty, hf:DIR or run:DIR, not {self.init!r}")  # fmt: skip
         _check(not self.offload or self.remat != "none",
@@ -208,6 +216,12 @@ class RunConfig:
             _check(not teacher or self.learners[teacher].model.vocab_size == learner.model.vocab_size,
                    f"{name} and its teacher {teacher} must share the vocabulary: model.vocab_size differs")  # fmt: skip
             before.append(name)
+            falls = learner.optimizer is None or learner.optimizer.fall_start(self.train.steps) < self.train.steps
+            _check(
+                falls or not learner.model.router_bias,
+                f"{name}'s router bias falls to 0 while its learning rate does, for which optimizer.decay leaves "
+                f"none of {self.train.steps} steps: the nearest that leaves one is {1 / self.train.steps:.2g}",
+            )
             chunk = learner.model.chunk
             _check(seq_len % chunk == 0 or seq_len <= chunk,
                    f"train.seq_len ({seq_len}) must be a multiple of {name}'s chunk ({chunk}), or at most one chunk: "

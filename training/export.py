@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -58,13 +58,13 @@ def save_hf(
     One tensor of theirs is in host memory at a time. `config.json` and the index are written last, on a local disk
     into a folder beside `folder` that is then renamed: what an interrupted export leaves never looks complete.
     Every process of a multi-host run calls this; the first one writes. Raises ValueError if `folder` holds anything
-    already, or if the weights are not those of `cfg`.
+    already, if the weights are not those of `cfg`, or if a router has a bias that is not 0.
     """
     folder = epath.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already and is not an empty folder: name a new one for the export")
     table = list(hf.tensors(cfg))
-    weights = _weights(params, table)
+    weights = _weights(_without_bias(params, cfg), table)
     shards = _plan_shards(table, DTYPES[CODES[dtype]].itemsize, shard_bytes)
     multihost_utils.sync_global_devices(f"save_hf checked {folder}")  # before the first process creates anything
     writes = jax.process_index() == 0
@@ -89,6 +89,28 @@ def save_hf(
         if work != folder:
             work.rename(folder)
     multihost_utils.sync_global_devices(f"save_hf wrote {folder}")
+
+
+def _without_bias(params: nnx.State, cfg: ModelConfig) -> nnx.State:
+    """The weights that Hugging Face's model has; ValueError if the ones it has not change anything."""
+    if not cfg.router_bias:
+        return params
+    kept, largest = [], {}
+    for path, p in nnx.to_flat_state(params):
+        if path[-1] == hf.ROUTER_BIAS:
+            i: Any = path[2]  # of the layer, within a block
+            by_block = np.abs(_on_host(p.get_value(), None)).max(axis=1)
+            largest |= {block * cfg.period + i: float(b) for block, b in enumerate(by_block)}
+        else:
+            kept.append((path, p))
+    if nonzero := [layer for layer, b in largest.items() if b != 0]:
+        worst = max(nonzero, key=lambda layer: largest[layer])
+        raise ValueError(
+            f"export: the router's bias is not 0 in {len(nonzero)} of {len(largest)} MoE layers, largest in layer "
+            f"{worst} ({largest[worst]:.2g}), and Hugging Face's Llama 4 has none: train to the last step, after which "
+            "it is 0, or export a later checkpoint"
+        )
+    return nnx.from_flat_state(kept)
 
 
 def _weights(params: nnx.State, table: list[hf.Tensor]) -> dict[hf.Path, jax.Array]:
@@ -167,9 +189,10 @@ def read_config(folder: epath.PathLike) -> ModelConfig:
     return hf.config_from_hf(read_json(epath.Path(folder) / CONFIG))
 
 
-def load_hf(folder: epath.PathLike, *, shardings: Any = None) -> nnx.State:
+def load_hf(folder: epath.PathLike, *, shardings: Any = None, router_bias: bool = False) -> nnx.State:
     """The weights of a Hugging Face folder in fp32, as the state of `abstract(read_config(folder))`.
 
+    `router_bias`: of that model with such a bias, at 0 as theirs has none.
     `shardings`: a tree of that structure with a `jax.sharding.Sharding` for each weight; by default everything goes
     onto the first device. One tensor of theirs is in host memory at a time, of experts only the rows that the local
     devices hold. Before anything is placed, every expected tensor must be there with its shape and a dtype of
@@ -178,7 +201,7 @@ def load_hf(folder: epath.PathLike, *, shardings: Any = None) -> nnx.State:
     folder = epath.Path(folder)
     config = read_json(folder / CONFIG)
     whole = hf.is_whole_model(config)
-    cfg = hf.config_from_hf(config)
+    cfg = replace(hf.config_from_hf(config), router_bias=router_bias)
     table = list(hf.tensors(cfg, hf.TEXT_PREFIX if whole else ""))
     stored = stored_tensors(folder)
     _check_stored(table, stored, hf.OTHER_PARTS if whole else ())
@@ -203,6 +226,8 @@ def load_hf(folder: epath.PathLike, *, shardings: Any = None) -> nnx.State:
                 continue
             empty, write = _stacker(shape[path], place[path])
             weights[path] = write(weights[path] if path in weights else empty(), layer, jnp.int32(t.block))
+    for path in (path for path in shape if path[-1] == hf.ROUTER_BIAS):
+        weights[path] = _stacker(shape[path], place[path])[0]()
     return nnx.from_flat_state([(path, p.replace(weights[path])) for path, p in nnx.to_flat_state(state)])
 
 

@@ -130,9 +130,11 @@ def initial_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
         state.learners[name] = state.learners[name]._replace(params=nnx.State({}))  # freed before others are loaded
         kind, _, source = learner.init.partition(":")
         if kind == "hf":
-            _check_architecture(name, learner.init, learner.model, read_config(source))
+            biased = learner.model.router_bias  # theirs has no bias, and ours begins at 0
+            theirs = dataclasses.replace(read_config(source), router_bias=biased)
+            _check_architecture(name, learner.init, learner.model, theirs)
             like = abstract_params(cfg, name, mesh)
-            params = load_hf(source, shardings=jax.tree.map(lambda x: x.sharding, like))
+            params = load_hf(source, shardings=jax.tree.map(lambda x: x.sharding, like), router_bias=biased)
         elif kind == "run":
             theirs = load_config(source).learners
             if name not in theirs and len(theirs) > 1:

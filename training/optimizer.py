@@ -28,7 +28,7 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> Callable[..., jax.Array]:
     the last step.
     """
     warmup = min(cfg.warmup, steps)
-    start = steps - round(cfg.decay * steps)  # of the fall
+    start = cfg.fall_start(steps)
 
     def schedule(step):
         rise = (step + 1) / max(warmup, 1)

@@ -18,6 +18,7 @@ from training.config import Learner, OptimizerConfig, RunConfig
 from training.mesh import BATCH_SPEC
 from training.objectives import SoftTargets, Sums, objective, weights
 from training.optimizer import learning_rate, make_optimizer
+from training.router_bias import follow_load
 from training.state import LearnerState, TrainState, abstract_state, execution, graphdef
 
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
@@ -52,6 +53,7 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, domains: int) -> StepFn:
                 take = gradient(learner, mesh, domains, teacher=source, teaches=name in teachers)
                 grads, sums, hidden = take(params, batch, mix, taught.get(teacher))
                 learners[name], norm = update(learner.optimizer, cfg.train.steps, mesh, state.learners[name], grads)
+                learners[name] = follow_load(learner, learners[name], sums.load, state.step, cfg.train.steps)
                 metrics[name] = dict(sums=sums, grad_norm=norm, learning_rate=rate, hard=mix[0], soft=mix[1])
             # The barrier ends this learner before the next one starts: their residuals do not live side by side.
             batch, learners[name], hidden = jax.lax.optimization_barrier((batch, learners[name], hidden))

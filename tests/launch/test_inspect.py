@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import pytest
@@ -53,6 +54,12 @@ def test_components_of_maverick_are_their_formulas():
         "experts": 24 * 128 * expert,
         "norms": (2 * 48 + 1) * 5120,
     }
+
+
+def test_a_routers_bias_is_counted_with_the_router():
+    plain = inspect.describe(MODELS["maverick"]())["parameters"]["components"]
+    biased = inspect.describe(replace(MODELS["maverick"](), router_bias=True))["parameters"]["components"]
+    assert biased == plain | {"router": plain["router"] + 24 * 128}
 
 
 def test_a_tiny_model_counts_the_arrays_it_really_has():

@@ -74,6 +74,20 @@ def data(train: str) -> str:
     return f"--data.jsonl {train.split()[5]} --data.heldout 0.2 --train.batch 8 --train.seq-len 32 --train.steps 2"
 
 
+def test_a_routers_bias_keeps_from_exporting_until_the_end(train: str, capsys):
+    """Refused at a step where it is not 0 yet; what the last step leaves goes out."""
+    small = "--model.num-layers 2 --model.nope-every 2"
+    biased = train.replace("--train.steps 2", f"{small} --train.steps 4 --model.router-bias true --optimizer.decay 0.5")
+    output(biased, capsys)
+    assert "error: export: the router's bias is not 0 in" in error("export run --to hf --step 2", capsys)
+    assert not Path("hf").exists()
+    output("export run --to hf --dtype float32", capsys)
+    assert not {"router_bias", "bias_E"} & json.loads(Path("hf/config.json").read_text()).keys()
+    plain = train.replace("--out run", f"--out other {small} --init run:run")
+    assert "run:run has router_bias = True, but scout's model has False" in error(plain, capsys)
+    assert "the nearest that leaves one is 0.5" in error(f"{biased} --optimizer.decay 0 --train.steps 2", capsys)
+
+
 def test_verify_has_the_status_of_its_verdict(monkeypatch, capsys):
     from training import verify as module
 

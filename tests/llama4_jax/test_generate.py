@@ -24,6 +24,7 @@ CONFIGS = {  # two blocks each; Scout's pattern shortened to one local and one g
     "scout": replace(tiny_scout(), **SIZES, nope_every=2, rope=replace(tiny_scout().rope, original=CHUNK)),
     "maverick": replace(tiny_maverick(), **SIZES, num_layers=8, experts_per_token=2),
 }
+CONFIGS["biased"] = replace(CONFIGS["scout"], router_bias=True)
 ROWS, LENGTH = 6, 45
 """The one shape in which the full forward is compiled."""
 
@@ -36,6 +37,8 @@ def model_of(name: str) -> Transformer:
 
     def perturb(p):
         value = p.get_value()
+        if p.axes == (None,):  # a router's bias, which begins at zero
+            return p.replace(jax.random.normal(rngs.params(), value.shape))
         return p.replace(value * jax.random.uniform(rngs.params(), value.shape, minval=0.6, maxval=1.4))
 
     return nnx.merge(graphdef, map_params(perturb, state))

@@ -198,13 +198,14 @@ def expected_moe(moe: MoE, x_RD: np.ndarray, top: int, scale: str) -> np.ndarray
         return [np.asarray(w[...], np.float64) for w in ffn]
 
     router_DE = np.asarray(moe.router_DE[...], np.float64)
+    bias_E = np.asarray(moe.bias_E[...], np.float64) if moe.cfg.router_bias else 0
     shared = of((moe.shared.wi_gate_DF, moe.shared.wi_up_DF, moe.shared.wo_FD))
     experts = of((moe.experts.wi_gate_EDF, moe.experts.wi_up_EDF, moe.experts.wo_EFD))
     out = []
     for x in x_RD.astype(np.float64):
         z_E = x @ router_DE
         y = swiglu(x, *shared)
-        for e in np.argsort(-z_E)[:top]:
+        for e in np.argsort(-(z_E + bias_E))[:top]:
             g = 1 / (1 + np.exp(-z_E[e]))
             weights = [w[e] for w in experts]
             y = y + (swiglu(g * x, *weights) if scale == "input" else g * swiglu(x, *weights))
@@ -221,6 +222,71 @@ def test_the_gate_scales_the_experts_input(top):
     want = expected_moe(moe, x_RD, top, "input").reshape(2, 30, 32)
     assert np.abs(y_BTD - want).max() < 1e-5 * np.abs(want).max()
     assert relative(y_BTD, expected_moe(moe, x_RD, top, "output").reshape(2, 30, 32)) > 0.05
+
+
+def biased(moe: MoE, bias_E: jax.Array) -> MoE:
+    """The same layer with a router's bias."""
+    cfg = replace(moe.cfg, router_bias=True)
+    graphdef, state = nnx.split(MoE(cfg, nnx.Rngs(1)))
+    layer = nnx.merge(graphdef, nnx.merge_state(state, nnx.split(moe)[1]))
+    layer.bias_E.set_value(bias_E)
+    return layer
+
+
+@pytest.mark.parametrize("top", [1, 2])
+def test_a_bias_chooses_and_gates_and_statistics_are_of_the_raw_logit(top):
+    plain = MoE(replace(SCOUT, experts_per_token=top), nnx.Rngs(1))
+    moe = biased(plain, jnp.asarray([1.0, -1.0, 0.5, 0.0]))
+    x_BTD, ones_BT = normal(9, 2, 30, 32), jnp.ones((2, 30))
+    y_BTD, stats = moe(x_BTD, ones_BT, Execution())
+    x_RD = np.asarray(x_BTD).reshape(60, 32)
+    want = expected_moe(moe, x_RD, top, "input").reshape(2, 30, 32)
+    assert np.abs(y_BTD - want).max() < 1e-5 * np.abs(want).max()
+
+    z_RE = x_RD.astype(np.float64) @ np.asarray(moe.router_DE[...], np.float64)
+    chosen_RA = np.argsort(-(z_RE + np.asarray(moe.bias_E[...])), axis=1)[:, :top]
+    np.testing.assert_array_equal(stats.load, np.bincount(chosen_RA.reshape(-1), minlength=4))
+    _, raw = plain(x_BTD, ones_BT, Execution())
+    assert np.abs(stats.load - raw.load).sum() >= 10  # other experts are chosen ...
+    for a, b in ((stats.probability, raw.probability), (stats.z, raw.z)):  # ... for the same reasons
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("top", [1, 2])
+def test_no_gradient_reaches_the_bias_and_at_zero_the_others_are_those_without_it(top):
+    plain = MoE(replace(SCOUT, experts_per_token=top), nnx.Rngs(1))
+    x_BTD, ones_BT = normal(9, 2, 30, 32), jnp.ones((2, 30))
+
+    def gradients(moe: MoE) -> dict:
+        graphdef, state = nnx.split(moe)
+
+        def loss(state):
+            y_BTD, stats = nnx.merge(graphdef, state)(x_BTD, ones_BT, Execution())
+            balance, z, _ = router_losses(stats, top)
+            return jnp.sin(y_BTD).sum() + balance + z
+
+        return {path: g.get_value() for path, g in nnx.to_flat_state(jax.grad(loss)(state))}
+
+    want, at_zero = gradients(plain), gradients(biased(plain, jnp.zeros(4)))
+    elsewhere = gradients(biased(plain, jnp.asarray([1.0, -1.0, 0.5, 0.0])))
+    assert not at_zero.pop(("bias_E",)).any() and not elsewhere.pop(("bias_E",)).any()
+    assert at_zero.keys() == want.keys()
+    for path, g in want.items():
+        np.testing.assert_allclose(at_zero[path], g, atol=1e-6 * np.abs(g).max(), err_msg=str(path))
+    assert relative(elsewhere[("router_DE",)], want[("router_DE",)]) > 0.05
+
+
+def test_a_model_without_a_bias_has_no_trace_of_it():
+    """With it there is a row of zeros more for each MoE layer, and every other weight of a seed is the same."""
+    with_bias = dict(nnx.to_flat_state(nnx.split(Transformer(replace(SCOUT, router_bias=True), nnx.Rngs(3)))[1]))
+    without = dict(nnx.to_flat_state(nnx.split(Transformer(SCOUT, nnx.Rngs(3)))[1]))
+    more = {path: with_bias.pop(path) for path in with_bias.keys() - without.keys()}
+    assert {path[3:] for path in more} == {("ffn", "bias_E")} and len(more) == SCOUT.period
+    for p in more.values():
+        assert p.axes == (None,) and p.fp32 and not np.signbit(p.get_value()).any() and not p.get_value().any()
+    assert sum(p.get_value().size for p in more.values()) == SCOUT.num_moe_layers * SCOUT.num_experts
+    for path, p in without.items():
+        np.testing.assert_array_equal(p.get_value(), with_bias[path].get_value())
 
 
 @pytest.mark.parametrize("top", [1, 2])

@@ -177,6 +177,33 @@ def test_export_refuses_weights_of_another_model(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_routers_bias_is_left_out_where_it_is_zero_and_refused_where_it_is_not(exported, tmp_path):
+    """And a model that has one begins at zero with weights of a folder, on any mesh."""
+    biased = replace(CFG, router_bias=True)
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    places = shardings(mesh, Execution().specs(nnx.split(abstract(biased))[1]))
+    for state in (load_hf(exported, router_bias=True), load_hf(exported, router_bias=True, shardings=places)):
+        assert jax.tree.structure(state) == jax.tree.structure(nnx.split(abstract(biased))[1])
+        rest = [(path, p) for path, p in nnx.to_flat_state(state) if path[-1] != "bias_E"]
+        assert_equal(nnx.from_flat_state(rest), load_hf(exported))
+        save_hf(state, biased, tmp_path / str(len(jax.tree.leaves(state)[0].devices())), shard_bytes=SHARD)
+    for folder in tmp_path.iterdir():
+        assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in exported.iterdir())
+        assert all((folder / path.name).read_bytes() == path.read_bytes() for path in exported.iterdir())
+
+    bias = state["blocks"]["layers"][3]["ffn"]["bias_E"]  # of layers 3 and 7
+    assert bias.get_value().shape == (2, 4) and not bias.get_value().any()
+    for blocks, message in (
+        ([[0, 0, 0, 0], [0, -2e-7, 0, 1e-9]], r"in 1 of 4 MoE layers, largest in layer 7 \(2e-07\)"),
+        ([[0, 0.5, 0, 0], [0.25, 0, 0, 0]], r"in 2 of 4 MoE layers, largest in layer 3 \(0\.5\), .* later checkpoint"),
+        ([[0, np.nan, 0, 0], [0, 0, 0, 0]], r"in 1 of 4 MoE layers, largest in layer 3 \(nan\)"),
+    ):
+        state["blocks"]["layers"][3]["ffn"]["bias_E"] = bias.replace(jax.numpy.asarray(blocks, np.float32))
+        with pytest.raises(ValueError, match=message):
+            save_hf(state, biased, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists() and not list(tmp_path.glob(".*"))
+
+
 def drop(tensors):
     del tensors["model.layers.3.feed_forward.router.weight"]
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 
 from data.config import DataConfig
 from data.loader import Corpus
@@ -165,6 +166,16 @@ def test_weights_from_elsewhere(whole, make_run, tmp_path):
         other = replace(learner, model=replace(learner.model, num_layers=2))
         with pytest.raises(ValueError, match=r"has num_layers = 4, but scout's model has 2"):
             initial_state(replace(new, learners={"scout": other}), mesh)
+
+    # A router's bias, which no export has, begins at zero.
+    new = make_run("biased")
+    learner = new.learners["scout"]
+    learner = replace(learner, init=f"hf:{tmp_path / 'hf'}", model=replace(learner.model, router_bias=True))
+    ours = dict(nnx.to_flat_state(initial_params(replace(new, learners={"scout": learner}), "scout")))
+    assert not any(ours.pop(path).get_value().any() for path in list(ours) if path[-1] == "bias_E")
+    for path, p in nnx.to_flat_state(params):
+        np.testing.assert_array_equal(ours.pop(path).get_value(), p.get_value())
+    assert not ours
 
 
 def test_several_learners(make_run, corpus):
