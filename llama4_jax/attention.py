@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.axes import CONTEXT, Execution, all_gather, axis_index, axis_size, param
 from llama4_jax.config import ModelConfig
@@ -42,10 +44,17 @@ class Attention(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries, keys and values, positions applied; what a key/value cache stores."""
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.wq_DNH[...])
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.wk_DKH[...])
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.wv_DKH[...])
-        if self.local:
+        return self._place(*self._heads(x_BTD), positions_BT, self.local)
+
+    def _heads(self, x_BTD):
+        return (
+            jnp.einsum("BTD,DNH->BTNH", x_BTD, self.wq_DNH[...]),
+            jnp.einsum("BTD,DKH->BTKH", x_BTD, self.wk_DKH[...]),
+            jnp.einsum("BTD,DKH->BTKH", x_BTD, self.wv_DKH[...]),
+        )
+
+    def _place(self, q_BTNH, k_BTKH, v_BTKH, positions_BT, local: bool):
+        if local:
             frequencies = rope_frequencies(self.cfg.rope, self.cfg.head_dim)
             q_BTNH, k_BTKH = (rotate(x, positions_BT, frequencies) for x in (q_BTNH, k_BTKH))
             if self.cfg.qk_norm:
@@ -65,10 +74,19 @@ class Attention(nnx.Module):
         positions_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"],
         execution: Execution,
+        local: Bool[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        with jax.named_scope("attention_local" if self.local else "attention_global"):
-            q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT)
-            return self.output(self.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, execution))
+        """`local`: whether to be a local layer, decided while running, for a loop over both kinds; None: as made."""
+
+        def attend(as_local: bool, *heads):
+            with jax.named_scope("attention_local" if as_local else "attention_global"):
+                placed = self._place(*heads, positions_BT, as_local)
+                return self._attend(*placed, segment_ids_BT, execution, as_local)
+
+        heads = self._heads(x_BTD)
+        if local is None:
+            return self.output(attend(self.local, *heads))
+        return self.output(jax.lax.cond(local, partial(attend, True), partial(attend, False), *heads))
 
     def attend(
         self,
@@ -82,8 +100,11 @@ class Attention(nnx.Module):
 
         Rows lie contiguously over the context axis. Local layers of shards that hold whole chunks communicate nothing.
         """
+        return self._attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, execution, self.local)
+
+    def _attend(self, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, execution: Execution, local: bool):
         chunk, backend = self.cfg.chunk, execution.attention
-        if not self.local:
+        if not local:
             return _EXCHANGES[execution.exchange](q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, backend)
         if axis_size(CONTEXT) == 1 or q_BTNH.shape[1] % chunk == 0:
             return chunked_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chunk, backend=backend)

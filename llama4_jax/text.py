@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.attention import Attention
 from llama4_jax.axes import TENSOR, Execution, psum
@@ -37,8 +37,11 @@ class Layer(nnx.Module):
         positions_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"],
         execution: Execution,
+        local: Bool[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
-        x_BTD += psum(self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, execution), TENSOR)
+        """`local`: of attention, where it is decided while running (`Attention`)."""
+        h_BTD = self.attention_norm(x_BTD)
+        x_BTD += psum(self.attention(h_BTD, positions_BT, segment_ids_BT, execution, local), TENSOR)
         y_BTD, stats = self.feed_forward(self.ffn_norm(x_BTD), segment_ids_BT, execution)
         return x_BTD + psum(y_BTD, TENSOR), stats
 
@@ -91,31 +94,34 @@ class Transformer(nnx.Module):
         every_layer = execution.remat in ("attention", "layer", "nested")  # is recomputed by itself
         block_too = execution.remat in ("block", "nested")
 
-        def run_alike(x_BTD, layers: list[Layer]):
-            """Neighbours of one kind: a loop, which is compiled once."""
+        def run_alike(x_BTD, layers: list[Layer], kinds: tuple[LayerKind, ...]):
+            """Neighbours with weights of the same shapes: a loop, which is compiled once."""
             graph = nnx.split(layers[0])[0]
 
-            def run_layer(x_BTD, stored):
+            def run_layer(x_BTD, one):
+                stored, local = one
                 # Fetched inside what is recomputed, so that one layer's weights live at a time.
                 layer = execution.fetch_module(nnx.merge(graph, stored))
                 x_BTD = x_BTD if block_too else checkpoint_name(x_BTD, INPUT)
-                return layer(x_BTD, positions_BT, segment_ids_BT, execution)
+                return layer(x_BTD, positions_BT, segment_ids_BT, execution, local)
 
             if every_layer:
                 # Outside a loop, in a block that is recomputed itself, XLA would merge the two forward passes.
                 run_layer = jax.checkpoint(run_layer, prevent_cse=len(layers) == 1, policy=_kept(execution))
             states = [nnx.split(layer)[1] for layer in layers]
             if len(layers) > 1:
-                return jax.lax.scan(run_layer, x_BTD, jax.tree.map(lambda *w: jnp.stack(w), *states))
-            x_BTD, stats = run_layer(x_BTD, states[0])
+                local_L = None if len(set(kinds)) == 1 else jnp.asarray([kind.local for kind in kinds])
+                return jax.lax.scan(run_layer, x_BTD, (jax.tree.map(lambda *w: jnp.stack(w), *states), local_L))
+            x_BTD, stats = run_layer(x_BTD, (states[0], None))
             return x_BTD, jax.tree.map(lambda s: s[None], stats)
 
         def run_block(x_BTD, stored):
             x_BTD = checkpoint_name(x_BTD, INPUT) if block_too else x_BTD
             layers, all_stats = list(nnx.merge(graphdef, stored).layers), []
-            for first, last in _neighbours(self.cfg.pattern, alike=every_layer):
+            for first, last in _neighbours(self.cfg.pattern, execution.remat):
                 with jax.named_scope(f"layer_{first}" if first == last else f"layers_{first}_{last}"):
-                    x_BTD, stats = run_alike(x_BTD, layers[first : last + 1])
+                    part = slice(first, last + 1)
+                    x_BTD, stats = run_alike(x_BTD, layers[part], self.cfg.pattern[part])
                 all_stats += [stats] if stats is not None else []
             return x_BTD, jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats)
 
@@ -147,9 +153,16 @@ def _kept(execution: Execution) -> Callable[..., Any]:
     )  # fmt: skip
 
 
-def _neighbours(pattern: tuple[LayerKind, ...], alike: bool) -> list[tuple[int, int]]:
-    """First and last of each run of layers of one kind; each layer by itself if not `alike`."""
-    firsts = [i for i, kind in enumerate(pattern) if not (alike and i and kind == pattern[i - 1])]
+def _neighbours(pattern: tuple[LayerKind, ...], remat: str) -> list[tuple[int, int]]:
+    """First and last of each run of layers that may share a loop.
+
+    Under remat `layer` and `nested`, those with weights of the same shapes: the loop chooses between both kinds of
+    attention as it runs. What a choice saves for the backward pass it saves for both, so where attention is saved
+    layers are of one kind throughout; and where nothing is recomputed layer by layer, each goes by itself.
+    """
+    together = {"layer": lambda kind: kind.moe, "nested": lambda kind: kind.moe, "attention": lambda kind: kind}
+    alike = together.get(remat, lambda _: object())
+    firsts = [i for i, kind in enumerate(pattern) if not (i and alike(kind) == alike(pattern[i - 1]))]
     return list(zip(firsts, [*(i - 1 for i in firsts[1:]), len(pattern) - 1], strict=True))
 
 
