@@ -15,6 +15,9 @@ from llama4_jax.config import ModelConfig
 from llama4_jax.kernels.attention.api import attention, chunked_attention
 from llama4_jax.layers import rms_normalise, rope_frequencies, rotate
 
+Heads = tuple[jax.Array, jax.Array, jax.Array]
+"""Queries [B, T, N, H], keys and values [B, T, K, H]."""
+
 
 def attention_temperature(cfg: ModelConfig, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """1 + attn_scale ln(1 + floor((p + 1) / floor_scale)), fp32, from integer positions.
@@ -44,16 +47,17 @@ class Attention(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries, keys and values, positions applied; what a key/value cache stores."""
-        return self._place(*self._heads(x_BTD), positions_BT, self.local)
+        return self._place(self._heads(x_BTD), positions_BT, self.local)
 
-    def _heads(self, x_BTD):
+    def _heads(self, x_BTD) -> Heads:
         return (
             jnp.einsum("BTD,DNH->BTNH", x_BTD, self.wq_DNH[...]),
             jnp.einsum("BTD,DKH->BTKH", x_BTD, self.wk_DKH[...]),
             jnp.einsum("BTD,DKH->BTKH", x_BTD, self.wv_DKH[...]),
         )
 
-    def _place(self, q_BTNH, k_BTKH, v_BTKH, positions_BT, local: bool):
+    def _place(self, heads: Heads, positions_BT, local: bool) -> Heads:
+        q_BTNH, k_BTKH, v_BTKH = heads
         if local:
             frequencies = rope_frequencies(self.cfg.rope, self.cfg.head_dim)
             q_BTNH, k_BTKH = (rotate(x, positions_BT, frequencies) for x in (q_BTNH, k_BTKH))
@@ -78,15 +82,23 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """`local`: whether to be a local layer, decided while running, for a loop over both kinds; None: as made."""
 
-        def attend(as_local: bool, *heads):
+        def attend(as_local: bool, heads: Heads):
             with jax.named_scope("attention_local" if as_local else "attention_global"):
-                placed = self._place(*heads, positions_BT, as_local)
-                return self._attend(*placed, segment_ids_BT, execution, as_local)
+                placed = self._place(heads, positions_BT, as_local)
+                return self._attend(placed, segment_ids_BT, execution, as_local)
 
         heads = self._heads(x_BTD)
         if local is None:
-            return self.output(attend(self.local, *heads))
-        return self.output(jax.lax.cond(local, partial(attend, True), partial(attend, False), *heads))
+            return self.output(attend(self.local, heads))
+        if axis_size(CONTEXT) == 1 and x_BTD.shape[1] <= self.cfg.chunk:  # a row is a chunk: one kernel serves both
+            with jax.named_scope("attention"):
+                placed = jax.lax.cond(
+                    local,
+                    *(partial(self._place, positions_BT=positions_BT, local=kind) for kind in (True, False)),
+                    heads,
+                )
+                return self.output(self._attend(placed, segment_ids_BT, execution, local=True))
+        return self.output(jax.lax.cond(local, partial(attend, True), partial(attend, False), heads))
 
     def attend(
         self,
@@ -100,9 +112,10 @@ class Attention(nnx.Module):
 
         Rows lie contiguously over the context axis. Local layers of shards that hold whole chunks communicate nothing.
         """
-        return self._attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, execution, self.local)
+        return self._attend((q_BTNH, k_BTKH, v_BTKH), segment_ids_BT, execution, self.local)
 
-    def _attend(self, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, execution: Execution, local: bool):
+    def _attend(self, heads: Heads, segment_ids_BT, execution: Execution, local: bool):
+        q_BTNH, k_BTKH, v_BTKH = heads
         chunk, backend = self.cfg.chunk, execution.attention
         if not local:
             return _EXCHANGES[execution.exchange](q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, backend)

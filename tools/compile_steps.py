@@ -43,7 +43,7 @@ class Program(NamedTuple):
 
 EXPERTS = dict(dispatch="all_to_all", capacity=1.25)
 PROGRAMS = {
-    "scout_8k_v5p": Program("scout", "v5p:4x4x8", 1024, 8192, MeshConfig(), dict(remat="nested", microbatches=2)),
+    "scout_8k_v5p": Program("scout", "v5p:4x4x8", 1024, 8192, MeshConfig(), dict(remat="nested")),
     "scout_256k_v5p": Program(
         "scout", "v5p:4x8x8", 8, 262_144, MeshConfig(context=32), dict(remat="nested")
     ),
@@ -68,7 +68,7 @@ def devices_of(name: str) -> list:
 def compile_program(program: Program, layers: int | None, **how) -> dict:
     """Compile it; seconds, CPU seconds, and GiB a device."""
     from tools.h100 import cross_compiling
-    from training.mesh import make_mesh
+    from training.mesh import check_fits, make_mesh
     from training.plan import compile_step
     from training.state import execution
 
@@ -78,6 +78,7 @@ def compile_program(program: Program, layers: int | None, **how) -> dict:
     cfg = RunConfig("aot", {"model": learner}, mesh=program.mesh,
                     train=TrainConfig(batch=program.batch, seq_len=program.seq_len))  # fmt: skip
     mesh = make_mesh(cfg.mesh, devices_of(program.devices))
+    check_fits(cfg, mesh)
     with cross_compiling() if program.devices.startswith("h100") else nullcontext():
         _, cost = compile_step(cfg, mesh)
     used, run = resource.getrusage(resource.RUSAGE_SELF), execution(learner, mesh)

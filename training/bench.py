@@ -17,7 +17,7 @@ from data.batch import Batch, stack
 from data.packing import Document, Piece, build_row
 from training.config import RunConfig
 from training.loop import put_local
-from training.mesh import check_fits, make_mesh
+from training.mesh import check_fits, make_mesh, row_share
 from training.metrics import active_matmul_parameters, peak_flops, step_flops_per_token
 from training.state import create_state, execution
 from training.step import make_train_step
@@ -26,14 +26,14 @@ BATCHES = 4
 """Different batches that the steps go through in turn, so that the router does not learn one by heart."""
 
 
-def synthetic_batches(cfg: RunConfig, count: int = BATCHES) -> list[Batch]:
+def synthetic_batches(cfg: RunConfig, part: int = 0, parts: int = 1, count: int = BATCHES) -> list[Batch]:
     """Seeded uniform tokens; each row is the first `seq_len` tokens of a longer document, so every label counts.
 
-    Of several processes each makes its own rows of the global batch.
+    Of several processes each makes its own part of the rows of the global batch (`training.mesh.row_share`).
     """
-    T, rows = cfg.train.seq_len, cfg.train.batch // jax.process_count()
+    T, rows = cfg.train.seq_len, cfg.train.batch // parts
     vocabulary = min(learner.model.vocab_size for learner in cfg.learners.values())
-    rng = np.random.default_rng([cfg.train.seed, jax.process_index()])
+    rng = np.random.default_rng([cfg.train.seed, part])
 
     def row(n: int) -> dict[str, np.ndarray]:
         document = Document(rng.integers(0, vocabulary, T + 1, np.int32), domain=0, document_id=n, first_visit=True)
@@ -57,7 +57,7 @@ def bench_step(cfg: RunConfig, steps: int = 10, warmup: int = 3) -> dict[str, An
         raise ValueError(f"a benchmark takes at least 1 step and 0 of warm-up, not {steps} and {warmup}")
     mesh = make_mesh(cfg.mesh)
     check_fits(cfg, mesh)
-    batches = synthetic_batches(cfg)
+    batches = synthetic_batches(cfg, *row_share(mesh)[:2])
     state = create_state(cfg, mesh)
     started = time.perf_counter()
     lowered = make_train_step(cfg, mesh, domains=1).lower(state, put_local(batches[0], mesh))

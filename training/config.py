@@ -129,7 +129,7 @@ class Learner:
         _check(not self.init or self.init.startswith(("hf:", "run:")),
                f"init must be empty, hf:DIR or run:DIR, not {self.init!r}")  # fmt: skip
         _check(not self.offload or self.remat != "none",
-               "offload moves what is recomputed from, and remat none recomputes nothing: the nearest is remat attention")  # fmt: skip
+               "offload moves what is recomputed from, which remat none does not: use remat attention")  # fmt: skip
 
 
 @dataclass(frozen=True)

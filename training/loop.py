@@ -35,7 +35,7 @@ from training.checkpoint import (
 from training.config import RunConfig
 from training.evaluate import evaluate, make_eval_step
 from training.export import load_hf, read_config
-from training.mesh import BATCH_SPEC, check_fits, make_mesh
+from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
 from training.metrics import Console, Throughput, Writers, active_matmul_parameters, prefix, read, scalars
 from training.state import TrainState, abstract_state, create_state
 from training.step import make_train_step
@@ -76,9 +76,7 @@ def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = 
         # --- The data, and the compiled functions
         chunk = next(iter(cfg.learners.values())).model.chunk
         shape = (cfg.train.batch, cfg.train.seq_len, chunk)
-        stream = stack.enter_context(
-            closing(corpus.train(*shape, cfg.train.seed, jax.process_index(), jax.process_count()))
-        )
+        stream = stack.enter_context(closing(corpus.train(*shape, cfg.train.seed, *row_share(mesh)[:2])))
         if position:
             stream.set_state(position)
         held_out = _HeldOut(cfg, mesh, corpus.domains, corpus.heldout(*shape, cfg.train.eval_batches))
@@ -238,9 +236,19 @@ def _describe(cfg: RunConfig, mesh: Mesh, state: TrainState, folder: epath.Path,
 
 
 def put_local(batch: Batch, mesh: Mesh) -> Any:
-    """This process's rows of a global batch onto its devices of the mesh."""
-    place = NamedSharding(mesh, BATCH_SPEC)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
+    """This process's rows of a global batch (`row_share`) onto its devices of the mesh, each with its columns."""
+    sharding, share = NamedSharding(mesh, BATCH_SPEC), row_share(mesh)
+
+    def put(x):
+        rows = len(x) // len(share.places)  # of a place
+
+        def of_device(index):
+            mine = share.places.index((index[0].start or 0) // rows) * rows
+            return x[mine : mine + rows, index[1]]
+
+        return jax.make_array_from_callback((len(x) * share.parts, *x.shape[1:]), sharding, of_device)
+
+    return jax.tree.map(put, batch)
 
 
 class _HeldOut:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -55,6 +55,36 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
 
 
+class RowShare(NamedTuple):
+    """Part `part` of `parts` equal ones of a batch's rows; it lies at these `places` along the batch axes."""
+
+    part: int
+    parts: int
+    places: tuple[int, ...]
+
+
+def row_share(mesh: Mesh, process: int | None = None) -> RowShare:
+    """The rows that this process (or the one named) reads: what its devices need.
+
+    Processes whose devices lie along the context or tensor axis share a part: each reads its rows whole and takes its
+    columns. ValueError where a process would need rows of several parts that others need, too.
+    """
+    process = jax.process_index() if process is None else process
+    ways = int(np.prod([mesh.shape[name] for name in BATCH_AXES]))
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(ways, -1)
+    places: dict[frozenset[int], list[int]] = {}  # by the processes that hold them
+    for place, of_place in enumerate(owners):
+        places.setdefault(frozenset(of_place.tolist()), []).append(place)
+    even = len({len(some) for some in places.values()}) == 1 and sum(map(len, places)) == len(set().union(*places))
+    if not even:
+        raise ValueError(
+            f"mesh.context x mesh.tensor ({owners.shape[1]}) must divide the devices of a process "
+            f"({(owners == owners[0, 0]).sum()}) or be a multiple of them: rows are dealt out by process"
+        )
+    part = next(i for i, group in enumerate(places) if process in group)
+    return RowShare(part, len(places), tuple(list(places.values())[part]))
+
+
 def deals_heads(model: ModelConfig, mesh: Mesh) -> bool:
     """Whether the context axis can take heads in exchange for sequence; few kv heads may go to several devices."""
     ways, heads, kv_heads = (
@@ -68,12 +98,7 @@ def check_fits(cfg: RunConfig, mesh: Mesh) -> None:
     """ValueError, in a line, for a batch or a model that cannot be split over the mesh as it is."""
     size = mesh.shape
     shared = size[CONTEXT] * size[TENSOR]
-    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(-1, shared)
-    if (owners != owners[:, :1]).any():
-        raise ValueError(
-            f"mesh.context x mesh.tensor ({shared}) must lie within one process's devices: "
-            "rows are dealt out by process"
-        )
+    row_share(mesh)
     if cfg.train.seq_len % size[CONTEXT]:
         raise ValueError(f"train.seq_len ({cfg.train.seq_len}) must be a multiple of mesh.context ({size[CONTEXT]})")
     for name, learner in cfg.learners.items():

@@ -31,7 +31,7 @@ def co_trained() -> RunConfig:
 
 
 def test_synthetic_rows_are_whole_documents(co_trained):
-    batches = bench.synthetic_batches(co_trained, 2)
+    batches = bench.synthetic_batches(co_trained, count=2)
     for batch in batches:
         assert all(x.shape == (8, 32) for x in batch)
         assert (batch.tokens >= 0).all() and (batch.tokens < 96).all()
@@ -40,9 +40,9 @@ def test_synthetic_rows_are_whole_documents(co_trained):
         np.testing.assert_array_equal(batch.positions, np.broadcast_to(np.arange(32), (8, 32)))
     assert len(np.unique(np.concatenate([batch.document_id for batch in batches]))) == 16
     assert not np.array_equal(batches[0].tokens, batches[1].tokens)
-    again = bench.synthetic_batches(co_trained, 1)[0]
+    again = bench.synthetic_batches(co_trained, count=1)[0]
     assert all(np.array_equal(a, b) for a, b in zip(again, batches[0], strict=True))
-    other = bench.synthetic_batches(replace(co_trained, train=replace(co_trained.train, seed=1)), 1)[0]
+    other = bench.synthetic_batches(replace(co_trained, train=replace(co_trained.train, seed=1)), count=1)[0]
     assert not np.array_equal(other.tokens, again.tokens)
 
 

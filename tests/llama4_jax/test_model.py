@@ -360,3 +360,45 @@ def test_an_impossible_rope_is_named():
         Rope(factor=0.5)
     with pytest.raises(ValueError, match="low <= high"):
         Rope(low=4.0, high=1.0)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "remat", "offload"),
+    [
+        (SCOUT, "attention", False),
+        (SCOUT, "layer", True),
+        (SCOUT, "block", True),
+        (SCOUT, "nested", False),  # one loop over both kinds of attention
+        (replace(MAVERICK, num_layers=4, nope_every=4), "nested", False),  # neighbours differ: a loop of one layer each
+    ],
+)
+def test_what_is_recomputed_changes_nothing(cfg, remat, offload):
+    graph, state = make(cfg)
+    tokens, positions = jnp.arange(24)[None] % 64, jnp.arange(24)[None]
+    weights = jax.random.normal(jax.random.key(1), (1, 24, cfg.embed_dim))
+
+    def value_and_gradient(**how):
+        def loss(state):
+            out = nnx.merge(graph, state)(tokens, positions, jnp.ones_like(tokens), Execution(**how))
+            return jnp.sum(out.hidden * weights), out.router
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
+
+    got, want = value_and_gradient(remat=remat, offload=offload), value_and_gradient(remat="none")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.max(np.abs(a - b)) <= 1e-5 * np.max(np.abs(b))
+
+
+def test_saved_attention_is_not_computed_again():
+    """Under `block` everything is computed twice, under `attention` all but attention, whose softmax has exponentials."""
+    graph, state = make(SCOUT)
+    tokens, positions = jnp.arange(24)[None] % 64, jnp.arange(24)[None]
+
+    def exponentials(remat: str) -> int:
+        def loss(state):
+            run = Execution(remat=remat)
+            return nnx.merge(graph, state)(tokens, positions, jnp.ones_like(tokens), run).hidden.sum()
+
+        return jax.jit(jax.grad(loss)).lower(state).as_text().count("stablehlo.exponential")
+
+    assert exponentials("none") < exponentials("attention") < exponentials("block")

@@ -93,7 +93,7 @@ def test_the_old_state_is_given_up(make_run):
     """Every array of the state is updated in place, and none of the batch's is taken."""
     cfg = make_run()
     mesh = make_mesh(cfg.mesh)
-    batch = loop.put_local(synthetic_batches(cfg, 1)[0], mesh)
+    batch = loop.put_local(synthetic_batches(cfg, count=1)[0], mesh)
     old = create_state(cfg, mesh)
     lowered = make_train_step(cfg, mesh, domains=1).lower(old, batch)
     train_step = lowered.compile()
@@ -148,7 +148,7 @@ def test_another_shape_would_be_noticed(make_run):
     mesh = make_mesh(cfg.mesh)
     other = replace(cfg, train=replace(cfg.train, batch=16))
     state = create_state(cfg, mesh)
-    first, second = (loop.put_local(synthetic_batches(c, 1)[0], mesh) for c in (cfg, other))
+    first, second = (loop.put_local(synthetic_batches(c, count=1)[0], mesh) for c in (cfg, other))
     train_step = make_train_step(cfg, mesh, domains=1)
     state, _ = train_step(state, first)
     with counting() as count:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from data.batch import Batch
 from llama4_jax.axes import MESH_AXES, REPLICA
 from training.config import MeshConfig
-from training.mesh import make_mesh
+from training.mesh import make_mesh, row_share
 from training.state import abstract_state
 from training.step import gradient
 
@@ -82,6 +83,33 @@ def test_cpu_devices_stay_in_order():
     assert mesh.axis_names == MESH_AXES and dict(mesh.shape) == dict(zip(MESH_AXES, (1, 4, 1, 1, 2), strict=True))
     assert list(mesh.devices.flat) == jax.devices()
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        (dict(fsdp=16), [(0, 4), (1, 4), (2, 4), (3, 4)]),  # each of four processes has four devices
+        (dict(fsdp=4, context=4), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        (dict(fsdp=2, context=8), [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two share a row
+        (dict(fsdp=1, context=8, tensor=2), [(0, 1)] * 4),
+    ],
+)
+def test_processes_read_the_rows_that_their_devices_need(sizes, parts):
+    devices = sorted(chips(1, platform="cpu"), key=lambda chip: chip.id)
+    mesh = SimpleNamespace(
+        devices=make_mesh(MeshConfig(**sizes), devices).devices, shape=dict.fromkeys(MESH_AXES, 1) | sizes
+    )
+    shares = [row_share(mesh, process) for process in range(4)]
+    assert sorted({place for share in shares for place in share.places}) == list(range(sizes["fsdp"]))
+    assert [share[:2] for share in shares] == parts
+
+
+def test_rows_that_cannot_be_dealt_out_by_process_are_refused():
+    devices = sorted(chips(1, (3, 1, 4), platform="cpu"), key=lambda chip: chip.id)  # three processes of four
+    mesh = SimpleNamespace(devices=make_mesh(MeshConfig(fsdp=2, context=6), devices).devices,
+                           shape=dict.fromkeys(MESH_AXES, 1) | dict(fsdp=2, context=6))  # fmt: skip
+    with pytest.raises(ValueError, match=r"mesh.context x mesh.tensor \(6\) must divide the devices of a process"):
+        row_share(mesh, 0)
 
 
 def equations(jaxpr, trips: int = 1):
