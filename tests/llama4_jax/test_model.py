@@ -390,7 +390,7 @@ def test_what_is_recomputed_changes_nothing(cfg, remat, offload):
 
 
 def test_saved_attention_is_not_computed_again():
-    """Under `block` everything is computed twice, under `attention` all but attention, whose softmax has exponentials."""
+    """Under `block` all is computed twice, under `attention` all but attention, whose softmax has exponentials."""
     graph, state = make(SCOUT)
     tokens, positions = jnp.arange(24)[None] % 64, jnp.arange(24)[None]
 

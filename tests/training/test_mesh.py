@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -96,9 +95,7 @@ def test_cpu_devices_stay_in_order():
 )
 def test_processes_read_the_rows_that_their_devices_need(sizes, parts):
     devices = sorted(chips(1, platform="cpu"), key=lambda chip: chip.id)
-    mesh = SimpleNamespace(
-        devices=make_mesh(MeshConfig(**sizes), devices).devices, shape=dict.fromkeys(MESH_AXES, 1) | sizes
-    )
+    mesh = make_mesh(MeshConfig(**sizes), devices)
     shares = [row_share(mesh, process) for process in range(4)]
     assert sorted({place for share in shares for place in share.places}) == list(range(sizes["fsdp"]))
     assert [share[:2] for share in shares] == parts
@@ -106,8 +103,7 @@ def test_processes_read_the_rows_that_their_devices_need(sizes, parts):
 
 def test_rows_that_cannot_be_dealt_out_by_process_are_refused():
     devices = sorted(chips(1, (3, 1, 4), platform="cpu"), key=lambda chip: chip.id)  # three processes of four
-    mesh = SimpleNamespace(devices=make_mesh(MeshConfig(fsdp=2, context=6), devices).devices,
-                           shape=dict.fromkeys(MESH_AXES, 1) | dict(fsdp=2, context=6))  # fmt: skip
+    mesh = make_mesh(MeshConfig(fsdp=2, context=6), devices)
     with pytest.raises(ValueError, match=r"mesh.context x mesh.tensor \(6\) must divide the devices of a process"):
         row_share(mesh, 0)
 
