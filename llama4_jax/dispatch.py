@@ -1,6 +1,6 @@
 """How routed tokens and experts meet: three dispatches behind one signature.
 
-    dispatch(experts, x_QD, expert_Q, cfg, execution) -> (y_QD, kept_Q)
+    dispatch(experts, x_QD, expert_Q, num_experts, execution) -> (y_QD, served_Q)
 
 takes this device's Q = R A pairs of a token and one of its chosen experts, the rows already scaled by their gates, and
 gives each pair's expert output, and whether it was served; a pair that was not gets zeros. `expert_Q` is E for

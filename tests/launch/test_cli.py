@@ -34,6 +34,7 @@ def failure(line: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("train pretrain:tiny --train.stepz 3", "no option or field --train.stepz; the nearest is --train.steps"),
         ("train pretrain:tiny --train.steps many", "--train.steps is a whole number, not 'many'"),
         ("train pretrain:tiny --train.steps 0", "train.steps must be at least 1, not 0"),
+        ("train pretrain:tiny --offload true --remat none", "remat none does not: use remat attention"),
         ("train pretrain:tiny --data.jsonl nowhere", "data.jsonl: nothing at nowhere"),
         ("train pretrain:tiny --data.vocab-size 500 --model.vocab-size 600", "give --model.vocab-size 500"),
         ("demo --train.stepz 3", "no option or field --train.stepz; the nearest is --train.steps"),
