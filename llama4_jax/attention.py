@@ -50,11 +50,10 @@ class Attention(nnx.Module):
         return self._place(self._heads(x_BTD), positions_BT, self.local)
 
     def _heads(self, x_BTD) -> Heads:
-        return (
-            jnp.einsum("BTD,DNH->BTNH", x_BTD, self.wq_DNH[...]),
-            jnp.einsum("BTD,DKH->BTKH", x_BTD, self.wk_DKH[...]),
-            jnp.einsum("BTD,DKH->BTKH", x_BTD, self.wv_DKH[...]),
-        )
+        weights = self.wq_DNH[...], self.wk_DKH[...], self.wv_DKH[...]
+        heads = jnp.einsum("BTD,DNH->BTNH", x_BTD, jnp.concatenate(weights, axis=1))  # one matmul for the three
+        N, K = (w.shape[1] for w in weights[:2])
+        return heads[:, :, :N], heads[:, :, N : N + K], heads[:, :, N + K :]
 
     def _place(self, heads: Heads, positions_BT, local: bool) -> Heads:
         q_BTNH, k_BTKH, v_BTKH = heads

@@ -33,19 +33,22 @@ REPLICA, FSDP, EXPERT, CONTEXT, TENSOR = MESH_AXES = ("replica", "fsdp", "expert
 BATCH_AXES = (REPLICA, FSDP, EXPERT)  # the batch dimension of activations is split over these
 TOKEN_AXES = (*BATCH_AXES, CONTEXT)  # and the tokens over these: B over the batch axes, T over context
 
+VOCAB_AXES = (TENSOR, EXPERT)  # the vocabulary stays split over these in use, too
+
 RULES: dict[str, tuple[str, ...]] = {
     "experts": (EXPERT,),
-    "embed": (FSDP, EXPERT, CONTEXT),
+    "vocab": VOCAB_AXES,
     "heads": (TENSOR,),
     "kv_heads": (TENSOR,),
     "ffn": (TENSOR,),
-    "vocab": (TENSOR,),
+    "embed": (FSDP, EXPERT, CONTEXT),
 }
-"""Where each logical axis is stored. Within one weight the first dimension to name a mesh axis gets it."""
+"""Where each logical axis is stored. Within one weight a mesh axis goes to the logical axis that stands first here."""
 
 TOGETHER = 2**27
 """Weights of at most so many elements are gathered as one array, and their gradients summed as one: a collective costs
-a TPU's compiler seconds and the network a start. Larger ones go by themselves, since taking them apart is a copy."""
+a TPU's compiler seconds and the network a start. Of larger ones only those of one shape are, side by side, as they are
+used; to take others apart would be a copy."""
 Gathers = tuple[tuple[int, tuple[str, ...]], ...]
 
 
@@ -71,9 +74,14 @@ def all_gather(x: jax.Array, names: tuple[str, ...] | str, dim: int) -> jax.Arra
     return jax.lax.all_gather(x, axes, axis=dim, tiled=True) if (axes := present(names)) else x
 
 
-def axis_index(name: str) -> jax.Array | int:
-    """This device's place along a mesh axis."""
-    return jax.lax.axis_index(name) if axis_size(name) > 1 else 0
+def psum_scatter(x: jax.Array, names: tuple[str, ...] | str, dim: int) -> jax.Array:
+    """Sum over mesh axes, of which each device keeps its shard of dimension `dim`: the transpose of `all_gather`."""
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True) if (axes := present(names)) else x
+
+
+def axis_index(names: tuple[str, ...] | str) -> jax.Array | int:
+    """This device's place along a mesh axis, or along several, the last fastest."""
+    return jax.lax.axis_index(axes) if (axes := present(names)) else 0
 
 
 def param(
@@ -136,13 +144,11 @@ class Execution:
 
     def stored_over(self, axes: tuple[str | None, ...], ndim: int) -> list[tuple[str, ...]]:
         """Mesh axes of each dimension of a weight; leading stacked dimensions are not split."""
-        used: set[str] = set()
-        dims: list[tuple[str, ...]] = [()] * (ndim - len(axes))
-        for name in axes:
-            mesh_axes = tuple(a for a in self.rules.get(name or "", ()) if a not in used)
-            used.update(mesh_axes)
-            dims.append(mesh_axes)
-        return dims
+        split: dict[str, tuple[str, ...]] = {}
+        for name, mesh_axes in self.rules.items():
+            if name in axes:
+                split[name] = tuple(a for a in mesh_axes if not any(a in others for others in split.values()))
+        return [()] * (ndim - len(axes)) + [split.get(name or "", ()) for name in axes]
 
     def spec(self, axes: tuple[str | None, ...], ndim: int) -> P:
         """PartitionSpec of a weight."""
@@ -156,8 +162,8 @@ class Execution:
         )  # fmt: skip
 
     def fetch(self, state: Any) -> Any:
-        """Stored shards -> weights for use: cast to the compute dtype, gathered over all axes but `tensor`, and
-        experts that tokens travel to not over `expert`.
+        """Stored shards -> weights for use: cast to the compute dtype, gathered over all axes but `tensor`; and not
+        over `expert` where tokens travel: to the vocabulary's columns always, to the experts by choice of `dispatch`.
 
         Backward: the gradient's shares are reduce-scattered in `reduce_dtype`, back to the fp32 shards.
         """
@@ -166,9 +172,13 @@ class Execution:
         together: dict[Any, list[int]] = {}
         for i, p in enumerate(leaves):
             dtype = jnp.dtype(jnp.float32 if p.fp32 else self.compute_dtype)
-            gathers = self.gathered(p)
-            small = len(gathers) == 1 and p.get_value().size * axis_size(gathers[0][1]) <= TOGETHER
-            together.setdefault((gathers[0][1] if small else i, dtype), []).append(i)
+            gathers, shape = self.gathered(p), p.get_value().shape
+            ways = math.prod(axis_size(axes) for _, axes in gathers)
+            if len(gathers) == 1 and math.prod(shape) * ways <= TOGETHER:
+                key = gathers[0][1]
+            else:
+                key = (gathers, shape) if gathers and gathers[-1][0] < len(shape) - 1 else i
+            together.setdefault((key, dtype), []).append(i)
         with jax.named_scope("fetch"):
             for (_, dtype), some in together.items():
                 values, gathers = [leaves[i].get_value() for i in some], tuple(self.gathered(leaves[i]) for i in some)
@@ -178,7 +188,8 @@ class Execution:
 
     def gathered(self, p: nnx.Variable) -> Gathers:
         """(dimension, mesh axes) of what `fetch` gathers of a weight."""
-        stay = {TENSOR, EXPERT} if "experts" in p.axes and self.dispatch != "fsdp" else {TENSOR}
+        travel = "vocab" in p.axes or ("experts" in p.axes and self.dispatch != "fsdp")  # the tokens, over `expert`
+        stay = {TENSOR, EXPERT} if travel else {TENSOR}
         return tuple(
             (dim, axes)
             for dim, names in enumerate(self.stored_over(p.axes, p.get_value().ndim))
@@ -206,14 +217,15 @@ class Execution:
 def _gather(weights: list[jax.Array], gathers: tuple[Gathers, ...], dtype, reduce_dtype) -> list[jax.Array]:
     """Cast, then gather the dimensions named in `gathers`; its transpose sums in `reduce_dtype`.
 
-    Several weights have one such dimension each, over the same mesh axes, and travel as one.
+    Several weights travel as one: those of one shape side by side in their last dimension, others flat, which have one
+    such dimension each, over the same mesh axes.
     """
     weights = [w.astype(dtype) for w in weights]
-    if len(weights) == 1:
-        (w,) = weights
+    if _alike(weights):
+        w = jnp.concatenate(weights, axis=-1)
         for dim, axes in gathers[0]:
             w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
-        return [w]
+        return jnp.split(w, len(weights), axis=-1)
     axes = gathers[0][0][1]
     flat = jax.lax.all_gather(jnp.concatenate([w.reshape(-1) for w in weights]), axes)
     ends = list(itertools.accumulate(w.size for w in weights))
@@ -224,17 +236,21 @@ def _gather(weights: list[jax.Array], gathers: tuple[Gathers, ...], dtype, reduc
     ]
 
 
+def _alike(weights: list[jax.Array]) -> bool:
+    return len({w.shape for w in weights}) == 1
+
+
 def _gather_fwd(weights, gathers, dtype, reduce_dtype):
     return _gather(weights, gathers, dtype, reduce_dtype), None
 
 
 def _gather_bwd(gathers, dtype, reduce_dtype, _, grads):
     grads = [g.astype(reduce_dtype) for g in grads]
-    if len(grads) == 1:
-        (g,) = grads
+    if _alike(grads):
+        g = jnp.concatenate(grads, axis=-1)
         for dim, axes in reversed(gathers[0]):
             g = jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
-        return ([g.astype(jnp.float32)],)
+        return (jnp.split(g.astype(jnp.float32), len(grads), axis=-1),)
     axes = gathers[0][0][1]
     devices = axis_size(axes)
     shapes = [(*g.shape[:dim], g.shape[dim] // devices, *g.shape[dim + 1 :])

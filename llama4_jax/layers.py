@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llama4_jax.axes import TENSOR, axis_index, param, psum
+from llama4_jax.axes import EXPERT, TENSOR, VOCAB_AXES, all_gather, axis_index, param, psum, psum_scatter
 from llama4_jax.config import ModelConfig, Rope
 
 
@@ -58,6 +60,12 @@ def rotate(
     return out.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
+def swiglu(matmul: Callable[[jax.Array, jax.Array], jax.Array], x, gate_DF, up_DF, out_FD) -> jax.Array:
+    """(silu(x Wg) * (x Wu)) Wo for weights [..., D, F] and [..., F, D]; both inputs' products are one matmul."""
+    gate, up = jnp.split(matmul(x, jnp.concatenate([gate_DF, up_DF], axis=-1)), 2, axis=-1)
+    return matmul(jax.nn.silu(gate) * up, out_FD)
+
+
 class SwiGLU(nnx.Module):
     """(silu(x Wg) * (x Wu)) Wo, without biases. Returns this device's share over the tensor axis."""
 
@@ -68,7 +76,7 @@ class SwiGLU(nnx.Module):
         self.wo_FD = param(rngs, (ffn_dim, D), ("ffn", "embed"), std / np.sqrt(2 * cfg.num_layers))
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        return (jax.nn.silu(x @ self.wi_gate_DF[...]) * (x @ self.wi_up_DF[...])) @ self.wo_FD[...]
+        return swiglu(jnp.matmul, x, self.wi_gate_DF[...], self.wi_up_DF[...], self.wo_FD[...])
 
 
 class Embedding(nnx.Module):
@@ -79,11 +87,11 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         table_VD = self.table_VD[...]
-        # The vocabulary may be split over the tensor axis: each device looks up the ids it has.
-        ids = tokens_BT - axis_index(TENSOR) * table_VD.shape[0]
+        # The vocabulary may be split: each device looks up the ids it has, for all devices along the expert axis.
+        ids = all_gather(tokens_BT, EXPERT, dim=0) - axis_index(VOCAB_AXES) * table_VD.shape[0]
         mine = (ids >= 0) & (ids < table_VD.shape[0])
         rows = jnp.where(mine[..., None], table_VD[jnp.where(mine, ids, 0)], 0)
-        return psum(rows, TENSOR)
+        return psum(psum_scatter(rows, EXPERT, dim=0), TENSOR)
 
 
 class Unembedding(nnx.Module):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from llama4_jax.axes import TOKEN_AXES, Execution, param, psum
 from llama4_jax.config import ModelConfig
 from llama4_jax.dispatch import DISPATCHES, Matmul
-from llama4_jax.layers import SwiGLU
+from llama4_jax.layers import SwiGLU, swiglu
 
 EXACT = jax.lax.Precision.HIGHEST  # without it, TPUs and GPUs multiply fp32 as bf16 or TF32
 
@@ -67,7 +67,7 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array, matmul: Matmul) -> jax.Array:
         """Rows, arranged as a dispatch has them, through their own expert."""
-        return matmul(jax.nn.silu(matmul(x, self.wi_gate_EDF[...])) * matmul(x, self.wi_up_EDF[...]), self.wo_EFD[...])
+        return swiglu(matmul, x, self.wi_gate_EDF[...], self.wi_up_EDF[...], self.wo_EFD[...])
 
 
 class MoE(nnx.Module):

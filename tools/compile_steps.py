@@ -43,16 +43,18 @@ class Program(NamedTuple):
 
 EXPERTS = dict(dispatch="all_to_all", capacity=1.25)
 PROGRAMS = {
-    "scout_8k_v5p": Program("scout", "v5p:4x4x8", 1024, 8192, MeshConfig(), dict(remat="nested")),
+    "scout_8k_v5p": Program(
+        "scout", "v5p:4x4x8", 1024, 8192, MeshConfig(), dict(remat="layer", microbatches=4)
+    ),
     "scout_256k_v5p": Program(
-        "scout", "v5p:4x8x8", 8, 262_144, MeshConfig(context=32), dict(remat="nested")
+        "scout", "v5p:4x8x8", 8, 262_144, MeshConfig(context=32), dict(remat="layer")
     ),
     "behemoth_8k_v5p": Program(
-        "behemoth", "v5p:8x16x16", 2048, 8192, MeshConfig(expert=16), dict(remat="nested", **EXPERTS)
+        "behemoth", "v5p:8x16x16", 2048, 8192, MeshConfig(expert=16), dict(remat="layer", **EXPERTS)
     ),
-    "scout_8k_h100": Program("scout", "h100:8x8", 64, 8192, MeshConfig(expert=8), dict(remat="nested", **EXPERTS)),
+    "scout_8k_h100": Program("scout", "h100:8x8", 64, 8192, MeshConfig(expert=8), dict(remat="layer", **EXPERTS)),
     "scout_256k_h100": Program(
-        "scout", "h100:16x8", 16, 262_144, MeshConfig(expert=8, context=8), dict(remat="nested", **EXPERTS)
+        "scout", "h100:16x8", 16, 262_144, MeshConfig(expert=8, context=8), dict(remat="layer", **EXPERTS)
     ),
 }  # fmt: skip
 

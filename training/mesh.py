@@ -123,7 +123,7 @@ def _divisions(model: ModelConfig) -> list[tuple[str, int, tuple[str, ...]]]:
     return [
         ("num_heads", model.num_heads, ("tensor",)),
         ("num_kv_heads", model.num_kv_heads, ("tensor",)),
-        ("vocab_size", model.vocab_size, ("tensor",)),
+        ("vocab_size", model.vocab_size, ("tensor", "expert")),
         ("expert_dim", model.expert_dim, ("tensor",)),
         ("dense_dim", model.dense_dim, ("tensor",)),
         ("embed_dim", model.embed_dim, ("fsdp", "expert", "context")),

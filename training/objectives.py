@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from data.batch import Batch
-from llama4_jax.axes import MESH_AXES, TENSOR, TOKEN_AXES, axis_size, present, psum
+from llama4_jax.axes import EXPERT, MESH_AXES, TOKEN_AXES, VOCAB_AXES, axis_size, present, psum
 from llama4_jax.kernels.vocab_loss.api import vocab_loss
 from llama4_jax.moe import router_losses
 from llama4_jax.text import Output
@@ -70,7 +70,7 @@ def objective(
     share, ce_R, kl_R = vocab_loss(
         out.hidden.reshape(mask_R.shape[0], -1), out.unembedding, batch.labels.reshape(-1),
         hard * mask_R, None if teacher is None else soft * mask_R, teacher, learner.distillation.temperature,
-        axis=TENSOR if present(TENSOR) else None,
+        columns=present(VOCAB_AXES), rows=present(EXPERT),
     )  # fmt: skip
     tokens = psum(mask_R.sum(), TOKEN_AXES)
     balance, z, router = router_losses(out.router, learner.model.experts_per_token)

@@ -160,6 +160,9 @@ def summed_in_parts(part: Callable[..., tuple[Any, Any]], rows: tuple, parts: in
 
     def body(total, one):
         summed, kept = part(*one)
+        # Without the barrier XLA reduces the tables' gradients over devices only after the loop: for once less to send
+        # it holds them whole, in fp32, throughout (and fails where they are reduced in bfloat16).
+        summed = jax.lax.optimization_barrier(summed)
         return jax.tree.map(jnp.add, total, summed), kept
 
     total, kept = jax.lax.scan(body, zeros, cut)

@@ -51,20 +51,23 @@ def test_equals_the_naive_loss(chunk, temperature, with_teacher):
         assert_close(a, b)
 
 
-@pytest.mark.parametrize("tensor", [2, 8])
-def test_split_over_tokens_and_vocabulary(tensor):
+@pytest.mark.parametrize("tokens, expert, tensor", [(4, 1, 2), (1, 1, 8), (2, 4, 1), (2, 2, 2)])
+def test_split_over_tokens_and_vocabulary(tokens, expert, tensor):
+    """Rows over `tokens` and `expert`, columns over `tensor` and `expert`."""
     h, w, labels, hard, soft, teacher = inputs(rows=40)
-    mesh = jax.make_mesh((8 // tensor, tensor), ("tokens", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
+    names = ("tokens", "expert", "tensor")
+    mesh = jax.make_mesh((tokens, expert, tensor), names, (jax.sharding.AxisType.Auto,) * 3)
+    split = dict(columns=("tensor", "expert"), rows=("expert",))
 
     def local(h, w, labels, hard, soft, teacher_RU, teacher_UV):
         def share(h, w):
-            return api.vocab_loss(h, w, labels, hard, soft, (teacher_RU, teacher_UV), chunk=4, axis="tensor")
+            return api.vocab_loss(h, w, labels, hard, soft, (teacher_RU, teacher_UV), chunk=4, **split)
 
         (loss, aux), (dh, dw) = jax.value_and_grad(lambda *a: (share(*a)[0], share(*a)[1:]), (0, 1), True)(h, w)
         # Shares sum to the whole: the loss over all devices, a gradient over the copies of its array.
-        return jax.lax.psum(loss, ("tokens", "tensor")), aux, jax.lax.psum(dh, "tensor"), jax.lax.psum(dw, "tokens")
+        return jax.lax.psum(loss, names), aux, jax.lax.psum(dh, "tensor"), jax.lax.psum(dw, "tokens")
 
-    rows, columns = P("tokens"), P(None, "tensor")
+    rows, columns = P(("tokens", "expert")), P(None, ("tensor", "expert"))
     mapped = jax.jit(
         jax.shard_map(
             local, mesh=mesh, in_specs=(rows, columns, rows, rows, rows, rows, columns),

@@ -21,7 +21,8 @@ def vocab_loss(
     teacher: tuple[Float[Array, "R U"], Float[Array, "U V"]] | None = None,
     temperature: float = 1.0,
     chunk: int = CHUNK,
-    axis: str | None = None,
+    columns: tuple[str, ...] = (),
+    rows: tuple[str, ...] = (),
 ) -> tuple[Float[Array, ""], Float[Array, "R"], Float[Array, "R"]]:
     """sum_i hard_i CE_i + soft_i t^2 KL_i over rows i, and CE and KL of each row (constants to autodiff), in nats.
 
@@ -29,8 +30,10 @@ def vocab_loss(
     p = softmax(teacher's z / t), q = softmax(z / t) (Hinton et al., arXiv 1503.02531; t^2 keeps the gradient's size).
     Differentiable in `h` and `w`; weights and teacher are constants. Exact: equal to `reference` but for rounding.
 
-    `axis`: the mesh axis over which the columns of both unembeddings are split (labels stay global ids); the loss
-    returned is then this device's share, and the shares sum to it. `chunk`: rows at a time.
+    `columns`: the mesh axes over which the columns of both unembeddings are split, the last fastest (labels stay
+    global ids); the loss returned is then this device's share, and the shares sum to it. `rows`: those of them along
+    which devices have rows of their own, all of which meet all columns. `chunk`: a device's rows at a time, times as
+    many as `rows` has devices.
     """
     if (teacher is None) != (soft_R is None):
         raise ValueError("a teacher and soft weights go together")
@@ -47,7 +50,7 @@ def vocab_loss(
         targets = jax.tree.map(pad, targets._replace(teacher_UV=None))._replace(teacher_UV=targets.teacher_UV)
     targets = jax.lax.stop_gradient(targets)
     losses: tuple[jax.Array, jax.Array, jax.Array] = chunked.loss(  # pyright: ignore[reportAssignmentType]
-        h_RD, w_DV, targets, temperature, chunk, axis
+        h_RD, w_DV, targets, temperature, chunk, chunked.Split(columns, rows)
     )
     share, ce_R, kl_R = losses
     return share, jax.lax.stop_gradient(ce_R[:R]), jax.lax.stop_gradient(kl_R[:R])
