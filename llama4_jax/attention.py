@@ -49,6 +49,7 @@ class Attention(nnx.Module):
         """Queries, keys and values, positions applied; what a key/value cache stores."""
         return self._place(self._heads(x_BTD), positions_BT, self.local)
 
+    @jax.named_scope("projections")
     def _heads(self, x_BTD) -> Heads:
         weights = self.wq_DNH[...], self.wk_DKH[...], self.wv_DKH[...]
         heads = jnp.einsum("BTD,DNH->BTNH", x_BTD, jnp.concatenate(weights, axis=1))  # one matmul for the three
@@ -67,6 +68,7 @@ class Attention(nnx.Module):
             q_BTNH = (q_BTNH * scale_BT[:, :, None, None]).astype(q_BTNH.dtype)
         return q_BTNH, k_BTKH, v_BTKH
 
+    @jax.named_scope("projections")
     def output(self, out_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Heads back into the residual stream: this device's share over the tensor axis."""
         return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.wo_NHD[...])
@@ -96,7 +98,8 @@ class Attention(nnx.Module):
                     *(partial(self._place, positions_BT=positions_BT, local=kind) for kind in (True, False)),
                     heads,
                 )
-                return self.output(self._attend(placed, segment_ids_BT, execution, local=True))
+                out_BTNH = self._attend(placed, segment_ids_BT, execution, local=True)
+            return self.output(out_BTNH)
         return self.output(jax.lax.cond(local, partial(attend, True), partial(attend, False), heads))
 
     def attend(

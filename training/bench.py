@@ -15,10 +15,11 @@ import numpy as np
 
 from data.batch import Batch, stack
 from data.packing import Document, Piece, build_row
+from training.chips import peak_flops
 from training.config import RunConfig
+from training.flops import active_matmul_parameters, step_per_token
 from training.loop import put_local
 from training.mesh import check_fits, make_mesh, row_share
-from training.metrics import active_matmul_parameters, peak_flops, step_flops_per_token
 from training.state import create_state, execution
 from training.step import make_train_step
 
@@ -124,7 +125,7 @@ def _program(train_step: Any) -> dict[str, int]:
 
 
 def _flops(cfg: RunConfig, mesh: Any, tokens: int, seconds: float) -> dict[str, float | None]:
-    step = tokens * step_flops_per_token(cfg)
+    step = tokens * step_per_token(cfg)
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     rate = step / seconds / mesh.devices.size
     return dict(model_tflops=step / 1e12, tflops_per_second_and_device=rate / 1e12, mfu=peak and rate / peak)

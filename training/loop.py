@@ -35,8 +35,9 @@ from training.checkpoint import (
 from training.config import RunConfig
 from training.evaluate import evaluate, make_eval_step
 from training.export import load_hf, read_config
+from training.flops import active_matmul_parameters
 from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
-from training.metrics import Console, Throughput, Writers, active_matmul_parameters, prefix, read, scalars
+from training.metrics import Console, Throughput, Writers, prefix, read, scalars
 from training.state import TrainState, abstract_state, create_state
 from training.step import make_train_step
 

@@ -1,4 +1,4 @@
-"""What a run reports: scalars of a step, model FLOPs and MFU, and the writers (JSONL, TensorBoard, the console)."""
+"""What a run reports: scalars of a step, throughput and MFU, and the writers (JSONL, TensorBoard, the console)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama4_jax.config import ModelConfig
+from training.chips import peak_flops
 from training.config import Learner, RunConfig
+from training.flops import step_per_token
 
 FILE = "metrics.jsonl"
 
@@ -78,66 +79,14 @@ def domain_means(name: str, sums: Any, tokens: Any, domains: Sequence[str]) -> d
     return {name: float(total.sum() / max(count.sum(), 1.0)), **by_domain}
 
 
-# --- Model FLOPs
-
-
-def active_matmul_parameters(model: ModelConfig) -> int:
-    """Weights that a token is multiplied with: everything but the embedding table, norms and experts not visited."""
-    D, N, K, H = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim
-    attention = 2 * D * N * H + 2 * D * K * H
-    moe = 3 * D * model.expert_dim * (1 + model.experts_per_token) + D * model.num_experts
-    dense = 3 * D * model.dense_dim
-    moe_layers = model.num_moe_layers
-    dense_layers = model.num_layers - moe_layers
-    return model.num_layers * attention + moe_layers * moe + dense_layers * dense + D * model.vocab_size
-
-
-def flops_per_token(model: ModelConfig, seq_len: int) -> int:
-    """Model FLOPs of training on one token of a row of `seq_len`, forward and backward, nothing recomputed.
-
-    6 x active matmul parameters, and for scores and values of each layer 12 N H S / 2 with S = seq_len in global
-    layers and min(chunk, seq_len) in local ones, halved as a causal query sees half of the keys on average (PaLM,
-    arXiv 2204.02311, appendix B, with causality counted). Packed documents see less: for them it is an upper bound.
-    """
-    seen = sum(min(model.chunk, seq_len) if kind.local else seq_len for kind in model.pattern) * model.num_blocks
-    return 6 * active_matmul_parameters(model) + 6 * model.num_heads * model.head_dim * seen
-
-
-def step_flops_per_token(cfg: RunConfig) -> int:
-    """Model FLOPs a token of a step of all learners.
-
-    A frozen teacher runs forward only (a third) and stops before its unembedding, which its students multiply with.
-    """
-    total = 0
-    for learner in cfg.learners.values():
-        whole = flops_per_token(learner.model, cfg.train.seq_len)
-        head = 6 * learner.model.embed_dim * learner.model.vocab_size
-        total += whole if learner.optimizer else (whole - head) // 3
-        if teacher := cfg.learners.get(learner.distillation.teacher):
-            total += 2 * teacher.model.embed_dim * teacher.model.vocab_size
-    return total
-
-
-PEAK_TFLOPS = {
-    "TPU v5 lite": 197.0, "TPU v5e": 197.0, "TPU v5p": 459.0, "TPU v5": 459.0, "TPU v6 lite": 918.0, "TPU v6e": 918.0,
-    "TPU7x": 2307 / 2,  # a chip is two devices
-    "NVIDIA H100 PCIe": 756.0, "NVIDIA H100 NVL": 835.0, "NVIDIA H100": 989.0, "NVIDIA H200": 989.0,
-    "NVIDIA A100": 312.0,
-}  # fmt: skip
-"""Dense bf16 peak of one JAX device, by the beginning of its kind; vendors' data sheets."""
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of one device, or None where the kind is not in the table (a CPU)."""
-    kinds = [kind for kind in PEAK_TFLOPS if device_kind.startswith(kind)]
-    return PEAK_TFLOPS[max(kinds, key=len)] * 1e12 if kinds else None
+# --- Throughput
 
 
 class Throughput:
     """Tokens, time and waiting since the last report; compilation, evaluation and saving are not counted."""
 
     def __init__(self, cfg: RunConfig, mesh: Mesh):
-        self.flops = step_flops_per_token(cfg)
+        self.flops = step_per_token(cfg)
         self.devices = mesh.devices.size
         self.peak = peak_flops(mesh.devices.flat[0].device_kind)
         self.restart()

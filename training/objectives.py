@@ -67,11 +67,12 @@ def objective(
     mask_R = batch.loss_mask.reshape(-1)
     hard, soft = mix
     teacher = targets and (targets.hidden.reshape(mask_R.shape[0], -1), targets.unembedding)
-    share, ce_R, kl_R = vocab_loss(
-        out.hidden.reshape(mask_R.shape[0], -1), out.unembedding, batch.labels.reshape(-1),
-        hard * mask_R, None if teacher is None else soft * mask_R, teacher, learner.distillation.temperature,
-        columns=present(VOCAB_AXES), rows=present(EXPERT),
-    )  # fmt: skip
+    with jax.named_scope("head"):
+        share, ce_R, kl_R = vocab_loss(
+            out.hidden.reshape(mask_R.shape[0], -1), out.unembedding, batch.labels.reshape(-1),
+            hard * mask_R, None if teacher is None else soft * mask_R, teacher, learner.distillation.temperature,
+            columns=present(VOCAB_AXES), rows=present(EXPERT),
+        )  # fmt: skip
     tokens = psum(mask_R.sum(), TOKEN_AXES)
     balance, z, router = router_losses(out.router, learner.model.experts_per_token)
     devices = math.prod(axis_size(name) for name in MESH_AXES)

@@ -43,18 +43,19 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, domains: int) -> StepFn:
         learners, metrics, taught = {}, {}, {}
         for name, learner in cfg.learners.items():
             params = state.learners[name].params
-            if learner.optimizer is None:
-                learners[name], hidden = state.learners[name], forward(learner, mesh)(params, batch)
-            else:
-                rate = learning_rate(learner.optimizer, cfg.train.steps)(state.step)
-                mix = weights(learner.distillation, rate, learner.optimizer.learning_rate)
-                teacher = learner.distillation.teacher
-                source = cfg.learners[teacher] if teacher else None
-                take = gradient(learner, mesh, domains, teacher=source, teaches=name in teachers)
-                grads, sums, hidden = take(params, batch, mix, taught.get(teacher))
-                learners[name], norm = update(learner.optimizer, cfg.train.steps, mesh, state.learners[name], grads)
-                learners[name] = follow_load(learner, learners[name], sums.load, state.step, cfg.train.steps)
-                metrics[name] = dict(sums=sums, grad_norm=norm, learning_rate=rate, hard=mix[0], soft=mix[1])
+            with jax.named_scope(name):
+                if learner.optimizer is None:
+                    learners[name], hidden = state.learners[name], forward(learner, mesh)(params, batch)
+                else:
+                    rate = learning_rate(learner.optimizer, cfg.train.steps)(state.step)
+                    mix = weights(learner.distillation, rate, learner.optimizer.learning_rate)
+                    teacher = learner.distillation.teacher
+                    source = cfg.learners[teacher] if teacher else None
+                    take = gradient(learner, mesh, domains, teacher=source, teaches=name in teachers)
+                    grads, sums, hidden = take(params, batch, mix, taught.get(teacher))
+                    new, norm = update(learner.optimizer, cfg.train.steps, mesh, state.learners[name], grads)
+                    learners[name] = follow_load(learner, new, sums.load, state.step, cfg.train.steps)
+                    metrics[name] = dict(sums=sums, grad_norm=norm, learning_rate=rate, hard=mix[0], soft=mix[1])
             # The barrier ends this learner before the next one starts: their residuals do not live side by side.
             batch, learners[name], hidden = jax.lax.optimization_barrier((batch, learners[name], hidden))
             if name in teachers:
@@ -65,6 +66,7 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, domains: int) -> StepFn:
     return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None))
 
 
+@jax.named_scope("update")
 def update(
     cfg: OptimizerConfig, steps: int, mesh: Mesh, state: LearnerState, grads: nnx.State
 ) -> tuple[LearnerState, jax.Array]:

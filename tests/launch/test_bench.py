@@ -15,7 +15,7 @@ from launch import cli
 from llama4_jax.config import tiny_behemoth, tiny_scout
 from training import bench
 from training.config import Distillation, Learner, RunConfig, TrainConfig
-from training.metrics import step_flops_per_token
+from training.flops import step_per_token
 
 SMALL = dict(vocab_size=96, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=8, expert_dim=16, dense_dim=32,
              num_layers=1, nope_every=1, num_experts=2, chunk=16)  # fmt: skip
@@ -53,9 +53,9 @@ def test_what_is_reported_is_what_ran(co_trained):
         low, high = spread["range"]
         assert 0 < low <= spread["quartiles"][0] <= spread["median"] <= spread["quartiles"][1] <= high
     assert rate["median"] == pytest.approx(8 * 32 / seconds["median"])
-    assert result["model_tflops"] * 1e12 == pytest.approx(8 * 32 * step_flops_per_token(co_trained))
+    assert result["model_tflops"] * 1e12 == pytest.approx(8 * 32 * step_per_token(co_trained))
     assert result["tflops_per_second_and_device"] * 1e12 == pytest.approx(
-        rate["median"] * step_flops_per_token(co_trained) / jax.device_count()
+        rate["median"] * step_per_token(co_trained) / jax.device_count()
     )
     assert set(result["learners"]) == {"teacher", "student"}
     assert result["learners"]["student"]["runs"]["remat"] == "block"

@@ -17,6 +17,7 @@ from llama4_jax.attention import Attention
 from llama4_jax.axes import CONTEXT, Execution
 from llama4_jax.config import tiny_scout
 from llama4_jax.kernels.attention import api, blockwise, reference
+from training.program import kind_of, nbytes, operands, walk
 
 B, H, CHUNK = 2, 8, 8
 CFG = replace(tiny_scout(), chunk=CHUNK, embed_dim=16, head_dim=H, num_heads=4, num_kv_heads=2)
@@ -99,23 +100,12 @@ def test_local_attention_is_that_of_one_device(c, backend):
 # --------------------------------------------------------------------------------------------------- what is sent
 
 
-def collectives(jaxpr) -> list[tuple[str, int]]:
-    """(primitive, bytes of its operands) of everything in a jaxpr that names the context axis, loops counted once."""
-    found = []
-    for eqn in jaxpr.eqns:
-        names = [eqn.params.get(key, ()) for key in ("axis_name", "axes", "axis_names")]
-        if CONTEXT in str(names) and eqn.primitive.name != "shard_map":
-            found.append((eqn.primitive.name, sum(x.aval.size * x.aval.dtype.itemsize for x in eqn.invars)))
-        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                found += collectives(getattr(inner, "jaxpr", inner))
-    return found
-
-
 def sent(layer, c: int, exchange: str = "gather", gradients: bool = False) -> list[tuple[str, int]]:
+    """(primitive, bytes of its operands) of everything that crosses the context axis, loops counted once."""
     f = attend(layer, exchange)
     run = sharded(loss_and_gradients(f), c) if gradients else sharded(lambda q, k, v, s, _: f(q, k, v, s), c)
-    return [x for x in collectives(jax.make_jaxpr(run)(*inputs(48, 8, 4)).jaxpr) if x[0] != "axis_index"]
+    found = [one for one in walk(jax.make_jaxpr(run)(*inputs(48, 8, 4)).jaxpr) if kind_of(one) and CONTEXT in one.axes]
+    return [(one.name, sum(nbytes(x) for x in operands(one))) for one in found]
 
 
 def test_local_layers_of_whole_chunks_send_nothing():

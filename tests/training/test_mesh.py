@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from data.batch import Batch
 from llama4_jax.axes import MESH_AXES, REPLICA
+from training.chips import Device, devices
 from training.config import MeshConfig
 from training.mesh import make_mesh, row_share
+from training.program import walk
 from training.state import abstract_state
 from training.step import gradient
 
 
-@dataclass(frozen=True)
-class Chip:
-    """What a mesh needs to know of a device."""
-
-    id: int
-    slice_index: int
-    coords: tuple[int, ...]
-    platform: str = "tpu"
-    device_kind: str = "TPU v5"
-    core_on_chip: int = 0
-    process_index: int = 0
-
-
-def chips(slices: int, torus: tuple[int, int, int] = (2, 2, 4), platform: str = "tpu") -> list[Chip]:
+def chips(slices: int, torus: tuple[int, int, int] = (2, 2, 4), platform: str = "tpu") -> list[Device]:
     """The devices of some slices, shuffled."""
-    places = [(s, (x, y, z)) for s in range(slices) for z, y, x in np.ndindex(torus[::-1])]
-    found = [Chip(i, s, at, platform, process_index=i // 4) for i, (s, at) in enumerate(places)]
+    found = [replace(x, platform=platform) for x in devices("v5p:" + "x".join(map(str, torus)), slices)]
     return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
 
 
@@ -108,15 +95,6 @@ def test_rows_that_cannot_be_dealt_out_by_process_are_refused():
         row_share(mesh, 0)
 
 
-def equations(jaxpr, trips: int = 1):
-    """Every equation with how often it runs, those of inner programs included."""
-    for eqn in jaxpr.eqns:
-        yield eqn, trips
-        inside = trips * eqn.params["length"] if eqn.primitive.name == "scan" else trips
-        for inner in jaxprs_in_params(eqn.params):
-            yield from equations(inner, inside)
-
-
 def test_a_gradient_crosses_slices_once_and_as_a_shard(make_run):
     """Over `replica` goes one sum of each weight's gradient, after its microbatches and of what fsdp leaves of it.
 
@@ -130,16 +108,11 @@ def test_a_gradient_crosses_slices_once_and_as_a_shard(make_run):
     batch = Batch(*[rows] * len(Batch._fields))._replace(loss_mask=jax.ShapeDtypeStruct(rows.shape, np.float32))
     one = jax.ShapeDtypeStruct((), np.float32)
     jaxpr = jax.make_jaxpr(gradient(learner, mesh, 2))(params, batch, (one, one)).jaxpr
-    crossing = [(eqn, trips) for eqn, trips in equations(jaxpr) if REPLICA in axes_of(eqn)]
-    assert {eqn.primitive.name for eqn, _ in crossing} == {"psum"}
-    operands = [(x.aval.shape, axes_of(eqn), trips) for eqn, trips in crossing for x in eqn.invars]
+    crossing = [one for one in walk(jaxpr) if REPLICA in one.axes]
+    assert {one.name for one in crossing} == {"psum"}
+    operands = [(x.aval.shape, one.axes, one.trips) for one in crossing for x in one.eqn.invars]
     shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(params)]
     assert sorted(shape for shape, axes, _ in operands if axes == (REPLICA,)) == sorted(shards)
     assert {trips for _, axes, trips in operands if axes == (REPLICA,)} == {1}
     experts = cfg.learners["scout"].model.num_experts * cfg.learners["scout"].model.num_layers
     assert all(np.prod(shape) <= experts for shape, axes, _ in operands if axes != (REPLICA,))
-
-
-def axes_of(eqn) -> tuple:
-    names = eqn.params.get("axis_name", eqn.params.get("axes", ()))
-    return names if isinstance(names, tuple) else (names,)
