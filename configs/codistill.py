@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from configs import pretrain
-from llama4_jax.config import tiny_behemoth, tiny_maverick, tiny_scout
-from training.config import Distillation, Learner, RunConfig
+from configs import full, pretrain
+from llama4_jax.config import behemoth, maverick, scout, tiny_behemoth, tiny_maverick, tiny_scout
+from training.config import Distillation, Learner, MeshConfig, RunConfig
 
 
 def tiny() -> RunConfig:
@@ -44,4 +44,26 @@ def _students() -> dict[str, Learner]:
     return {name: replace(pretrain.tiny_learner(model), distillation=taught) for name, model in models.items()}
 
 
-PRESETS = (tiny, tiny_cotrained)
+def maverick_scout_from_behemoth() -> RunConfig:
+    """Behemoth trains, and its own forward pass teaches Maverick and Scout on the same rows: one program.
+
+    33.6M tokens a step (untuned), each learner by itself one row at a time on each device. The mesh holds four copies,
+    as Scout's and Maverick's width of 5,120 cannot be stored over more than 1,024 devices.
+
+    Command:  llama4 train codistill:maverick_scout_from_behemoth --data.jsonl DIR --data.tokenizer tokenizer.model
+    Hardware: 4,096 v5p (v5p:16x16x16)
+    Result:   never run; llama4 plan codistill:maverick_scout_from_behemoth --topology v5p:16x16x16
+    """
+    taught = Distillation("behemoth", weighting="wsd", soft=0.9)  # as in the tiny family, untuned
+    how = full.EXPERTS_TRAVEL
+    learners = {
+        "behemoth": full.learner("behemoth", behemoth(), **how),
+        "maverick": full.learner("maverick", maverick(), distillation=taught, **how),
+        "scout": full.learner("scout", scout(), distillation=taught, **how),
+    }
+    mesh = MeshConfig(replica=4, expert=16)
+    name = "codistill:maverick_scout_from_behemoth"
+    return full.run(name, learners, full.TOKENS["behemoth"], 4096, 8192, mesh)
+
+
+PRESETS = (tiny, tiny_cotrained, maverick_scout_from_behemoth)

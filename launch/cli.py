@@ -32,6 +32,7 @@ COMMANDS = {
     "inspect": ("launch.inspect", "show a model's layers and count its parameters"),
     "report": ("launch.report", "write a page about a run, or about several side by side"),
     "bench": ("launch.bench", "time a preset's step on synthetic tokens"),
+    "plan": ("launch.plan", "what a run needs and how fast it can be, without its devices"),
     "data": ("launch.data", "show what a run would read"),
     "tokenizer": ("launch.tokenizer", "train a tokenizer, encode and decode with one"),
 }

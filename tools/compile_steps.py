@@ -4,7 +4,7 @@
     python -m tools.compile_steps scout_8k_v5p          # one program, as JSON; a process each, so nothing is shared
     python -m tools.compile_steps scout_8k_v5p --reduce-dtype bfloat16
 
-TPUs need the extra `tpu` (libtpu, no TPU), H100s the extra `cuda` (no GPU, see `tools/h100.py`), both need tokamax
+TPUs need the extra `tpu` (libtpu, no TPU), H100s the extra `cuda` (no GPU, see `training/h100.py`), both need tokamax
 (`llama4_jax/kernels/tokamax.py` says how to install it). Nothing runs: this shows that a program compiles and what
 it holds, not how fast it is.
 """
@@ -16,16 +16,11 @@ import json
 import os
 import resource
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: its CUDA plugin would look for a driver
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-
 from llama4_jax.config import MODELS
-from training.config import Learner, MeshConfig, RunConfig, TrainConfig
+from training.config import Learner, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 
 GIB = 2**30
 
@@ -58,22 +53,55 @@ PROGRAMS = {
     ),
 }  # fmt: skip
 
-
-def devices_of(name: str) -> list:
-    from tools import h100
-    from training.plan import tpu_devices
-
-    kind, _, shape = name.partition(":")
-    return h100.topology(*(int(n) for n in shape.split("x"))) if kind == "h100" else tpu_devices(name)
+BF16_MOMENT = OptimizerConfig(moment_dtype="bfloat16")
+MORE = {
+    "scout_8k_v5p_nested": PROGRAMS["scout_8k_v5p"]._replace(how=dict(remat="nested")),
+    "scout_256k_v5p_nested": PROGRAMS["scout_256k_v5p"]._replace(how=dict(remat="nested")),
+    "behemoth_8k_v5p_nested": PROGRAMS["behemoth_8k_v5p"]._replace(how=dict(remat="nested", **EXPERTS)),
+    "maverick_8k_v5p": Program(
+        "maverick", "v5p:8x8x8", 1024, 8192, MeshConfig(expert=32), dict(remat="layer", microbatches=2, **EXPERTS)
+    ),
+    "scout_8k_h100_nested": PROGRAMS["scout_8k_h100"]._replace(how=dict(remat="nested", **EXPERTS)),
+    "scout_8k_h100_block": PROGRAMS["scout_8k_h100"]._replace(how=dict(remat="block", **EXPERTS)),
+    "scout_8k_h100_attention": PROGRAMS["scout_8k_h100"]._replace(how=dict(remat="attention", **EXPERTS)),
+    "scout_8k_h100_rows": PROGRAMS["scout_8k_h100"]._replace(batch=128, how=dict(remat="nested", **EXPERTS)),
+    "scout_8k_h100_parts": PROGRAMS["scout_8k_h100"]._replace(
+        batch=256, how=dict(remat="layer", microbatches=4, **EXPERTS)
+    ),
+    "scout_8k_h100_fsdp": PROGRAMS["scout_8k_h100"]._replace(mesh=MeshConfig(), how=dict(remat="nested")),
+    "scout_8k_h100_moment": PROGRAMS["scout_8k_h100"]._replace(
+        how=dict(remat="layer", optimizer=BF16_MOMENT, **EXPERTS)
+    ),
+    "scout_8k_h100_tensor": PROGRAMS["scout_8k_h100"]._replace(
+        batch=32, mesh=MeshConfig(expert=8, tensor=2), how=dict(remat="layer", **EXPERTS)
+    ),
+    "scout_8k_128h100": PROGRAMS["scout_8k_h100"]._replace(devices="h100:16x8", batch=256),
+    "scout_64k_h100": PROGRAMS["scout_256k_h100"]._replace(batch=32, seq_len=65_536),
+    "scout_256k_h100_nested": PROGRAMS["scout_256k_h100"]._replace(how=dict(remat="nested", **EXPERTS)),
+    "scout_256k_256h100": PROGRAMS["scout_256k_h100"]._replace(devices="h100:32x8", batch=32),
+    "maverick_8k_h100": Program(
+        "maverick", "h100:32x8", 256, 8192, MeshConfig(expert=16), dict(remat="layer", **EXPERTS)
+    ),
+    "maverick_8k_h100_nested": Program(
+        "maverick", "h100:16x8", 128, 8192, MeshConfig(expert=32), dict(remat="nested", **EXPERTS)
+    ),
+    "maverick_256k_h100": Program(
+        "maverick", "h100:64x8", 64, 262_144, MeshConfig(expert=16, context=8), dict(remat="layer", **EXPERTS)
+    ),
+    "behemoth_8k_h100": Program(
+        "behemoth", "h100:256x8", 2048, 8192, MeshConfig(expert=16), dict(remat="nested", **EXPERTS)
+    ),
+}  # fmt: skip
+"""Variations, to hold the planner's estimate of memory against."""
 
 
 def compile_program(program: Program, layers: int | None, **how) -> dict:
     """Compile it; seconds, CPU seconds, and GiB a device."""
-    from tools.h100 import cross_compiling
+    from training.ahead import compile_step, devices_of, no_device_needed
     from training.mesh import check_fits, make_mesh
-    from training.plan import compile_step
     from training.state import execution
 
+    no_device_needed()
     model = MODELS[program.model]()
     model = replace(model, num_layers=layers or model.num_layers)
     learner = Learner(model, **(program.how | how))
@@ -81,8 +109,7 @@ def compile_program(program: Program, layers: int | None, **how) -> dict:
                     train=TrainConfig(batch=program.batch, seq_len=program.seq_len))  # fmt: skip
     mesh = make_mesh(cfg.mesh, devices_of(program.devices))
     check_fits(cfg, mesh)
-    with cross_compiling() if program.devices.startswith("h100") else nullcontext():
-        _, cost = compile_step(cfg, mesh)
+    _, cost = compile_step(cfg, mesh)
     used, run = resource.getrusage(resource.RUSAGE_SELF), execution(learner, mesh)
     return dict(
         devices=program.devices, mesh=dict(mesh.shape), batch=program.batch, seq_len=program.seq_len,
@@ -97,7 +124,7 @@ def compile_program(program: Program, layers: int | None, **how) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", nargs="?", choices=PROGRAMS)
+    parser.add_argument("program", nargs="?", choices=PROGRAMS | MORE)
     parser.add_argument("--layers", type=int, help="in place of the model's own number")
     parser.add_argument("--remat")
     parser.add_argument("--microbatches", type=int)
@@ -106,10 +133,11 @@ def main() -> None:
     parser.add_argument("--reduce-dtype", choices=("float32", "bfloat16"))
     args = parser.parse_args()
     if args.program is None:
-        print("\n".join(f"{name}: {p.model}, {p.batch} x {p.seq_len} on {p.devices}" for name, p in PROGRAMS.items()))
+        for name, p in (PROGRAMS | MORE).items():
+            print(f"{name}: {p.model}, {p.batch} x {p.seq_len} on {p.devices}")
         return
     how = {name: value for name, value in vars(args).items() if value is not None and name not in ("program", "layers")}
-    print(json.dumps(dict(program=args.program) | compile_program(PROGRAMS[args.program], args.layers, **how)))
+    print(json.dumps(dict(program=args.program) | compile_program((PROGRAMS | MORE)[args.program], args.layers, **how)))
     sys.stdout.flush()
     os._exit(0)  # libtpu's threads do not always end
 

@@ -33,9 +33,9 @@ from jax.sharding import Mesh
 
 from llama4_jax.kernels.attention import blockwise
 from llama4_jax.kernels.grouped_matmul import blocks
+from training.ahead import abstract_batch
 from training.config import Learner, RunConfig
 from training.flops import step_per_token
-from training.plan import abstract_batch
 from training.state import abstract_state, execution
 from training.step import make_train_step
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llama4_jax.axes import Execution
-from llama4_jax.text import Transformer
-from training.config import Learner, RunConfig
+from llama4_jax.config import ModelConfig
+from llama4_jax.text import Transformer, abstract
+from training.config import Learner, OptimizerConfig, RunConfig
 from training.mesh import deals_heads, shardings
 from training.optimizer import make_optimizer
 
@@ -64,7 +65,7 @@ def execution(learner: Learner, mesh: Mesh) -> Execution:
 
 def graphdef(learner: Learner) -> nnx.GraphDef:
     """The model without its arrays."""
-    return nnx.split(nnx.eval_shape(lambda: Transformer(learner.model, nnx.Rngs(0))))[0]
+    return nnx.split(abstract(learner.model))[0]
 
 
 def init_state(cfg: RunConfig) -> TrainState:
@@ -85,9 +86,22 @@ def state_specs(cfg: RunConfig, mesh: Mesh, state: TrainState) -> TrainState:
     return TrainState(P(), learners)
 
 
+@cache
+def _abstract(model: ModelConfig, optimizer: OptimizerConfig | None, steps: int) -> LearnerState:
+    """Shapes and dtypes; tracing the initialisers of a large model takes most of a second."""
+    params = _abstract_params(model)
+    return LearnerState(params, optimizer and jax.eval_shape(make_optimizer(optimizer, steps).init, params))
+
+
+@cache
+def _abstract_params(model: ModelConfig) -> nnx.State:
+    return nnx.split(abstract(model))[1]
+
+
 def abstract_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
-    state = jax.eval_shape(partial(init_state, cfg))
+    learners = {n: _abstract(x.model, x.optimizer, cfg.train.steps) for n, x in cfg.learners.items()}
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), learners)
     placed = shardings(mesh, state_specs(cfg, mesh, state))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
 

@@ -237,7 +237,7 @@ def test_what_a_backend_cannot_do_it_says(backend, change, line):
 
 def temporaries_on_h100(f, *shapes: tuple[tuple[int, ...], str]) -> int:
     """Bytes of f forward and backward, differentiated by its arguments of floating point, compiled for one H100."""
-    from tools.h100 import cross_compiling, topology
+    from training.h100 import cross_compiling, topology
 
     here = jax.sharding.SingleDeviceSharding(topology(hosts=1)[0])
     arguments = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=here) for shape, dtype in shapes]

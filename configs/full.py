@@ -1,0 +1,57 @@
+"""What presets of full size share: batches, token budgets, rates and meshes, each with its source or "untuned".
+
+Nothing of this was run: `docs/plans/` holds what the compiler and the data sheets say of each. All of them need
+documents and a tokenizer of 202,048 tokens or fewer: `--data.jsonl DIR --data.tokenizer tokenizer.model`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from data.config import DataConfig
+from llama4_jax.config import ModelConfig
+from training.config import Learner, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
+
+TRILLION = 10**12
+LONG = 262_144
+
+EXPERTS_TRAVEL = dict(dispatch="all_to_all", capacity=1.25)
+"""Tokens go to the experts over the mesh axis `expert`; capacity as MaxText's and Megatron's usual one, untuned."""
+
+# Peak rate and warm-up of a model of so many active parameters: Llama 3's of 70B and 405B (arXiv 2407.21783, table 3
+# and section 3.4.1: 1.5e-4 and 8e-5, 8,000 steps of warm-up), untuned here. The long-context stage goes on at the rate
+# that the first one fell to, untuned. Meta set its own by MetaP, which is not published.
+LEARNING_RATE = {"scout": 1.5e-4, "maverick": 1.5e-4, "behemoth": 8e-5}
+WARMUP = 8000
+LONG_RATE = 0.1
+
+# Tokens: Meta's model card of Llama 4 (Scout "~40 trillion", Maverick "~22 trillion"); of Behemoth its announcement
+# says "more than 30 trillion". The long-context stage: Llama 3's 800 billion (arXiv 2407.21783, section 3.4.2).
+TOKENS = {"scout": 40 * TRILLION, "maverick": 22 * TRILLION, "behemoth": 30 * TRILLION}
+LONG_TOKENS = 8 * TRILLION // 10
+DISTILLED_TOKENS = TRILLION
+"""Of a student whose teacher is trained already: untuned."""
+
+
+def learner(name: str, model: ModelConfig, **how) -> Learner:
+    """A learner of full size, each layer recomputed from its input."""
+    optimizer = OptimizerConfig(learning_rate=LEARNING_RATE[name], warmup=WARMUP)
+    return Learner(model, optimizer, **dict(remat="layer") | how)
+
+
+def long_rate(short: Learner) -> Learner:
+    """The same learner in the long-context stage: at the last rate of the first stage, falling to nothing."""
+    assert short.optimizer
+    rate = replace(short.optimizer, learning_rate=LONG_RATE * short.optimizer.learning_rate, warmup=0, decay=1, final=0)
+    return replace(short, optimizer=rate)
+
+
+def run(
+    name: str, learners: dict[str, Learner], tokens: int, batch: int, seq_len: int, mesh: MeshConfig, every: int = 500
+) -> RunConfig:
+    """A run of as many steps as `tokens` need, with checkpoints and evaluations `every` so many of them."""
+    train = TrainConfig(
+        steps=-(-tokens // (batch * seq_len)), batch=batch, seq_len=seq_len, eval_every=every, checkpoint_every=every
+    )
+    vocab_size = next(iter(learners.values())).model.vocab_size
+    return RunConfig(name, learners, DataConfig(vocab_size=vocab_size), mesh, train)

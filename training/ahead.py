@@ -1,0 +1,93 @@
+"""A run's step compiled ahead of time for devices that are not here: does it fit, and how long does compiling take."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+
+from data.batch import DTYPES, Batch
+from training import h100
+from training.config import RunConfig
+from training.mesh import BATCH_SPEC
+from training.state import abstract_state
+from training.step import make_train_step
+
+
+def no_device_needed() -> None:
+    """Say so to jax and libtpu; before jax is first asked for a device, which its plugins would look for."""
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    jax.config.update("jax_platforms", "cpu")
+
+
+def devices_of(topology: str) -> list[Any]:
+    """Devices to compile for: the chips of v5p:4x4x8 and the like (needs the package libtpu, no TPU), h100:HOSTSx8 (the
+    extra `cuda`, no GPU)."""
+    kind, _, shape = topology.partition(":")
+    if kind == "h100":
+        return h100.topology(*(int(n) for n in shape.split("x")))
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
+def abstract_batch(cfg: RunConfig, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a batch."""
+    shape, placed = (cfg.train.batch, cfg.train.seq_len), NamedSharding(mesh, BATCH_SPEC)
+    return Batch(**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, dtype in DTYPES.items()})
+
+
+class Buffer(NamedTuple):
+    """Memory that arrays of a program take one after the other."""
+
+    bytes: int
+    arrays: str  # their types, as the compiler writes them: "2×f32[16,5120,8192], ..."
+
+
+class Cost(NamedTuple):
+    """What compiling a step took, in seconds, and what the program holds on each device, in bytes."""
+
+    trace: float
+    compile: float
+    arguments: int  # state and batch
+    temporaries: int
+    outputs: int  # those that do not reuse an argument's buffer
+    peak: int  # as the compiler reports it, where it does
+    buffers: tuple[Buffer, ...]  # the largest ones beside the arguments; none where the compiler writes no report
+
+
+def compile_step(cfg: RunConfig, mesh: Mesh, domains: int = 1) -> tuple[Any, Cost]:
+    """(the compiled step, its cost)."""
+    start = time.perf_counter()
+    gpu = mesh.devices.flat[0].platform != "tpu"
+    with h100.cross_compiling() if gpu else nullcontext(), tempfile.TemporaryDirectory() as folder:
+        lowered = make_train_step(cfg, mesh, domains).lower(abstract_state(cfg, mesh), abstract_batch(cfg, mesh))
+        traced = time.perf_counter()
+        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        done = time.perf_counter()
+        buffers = _largest(Path(folder))
+    m = compiled.memory_analysis()
+    outputs = m.output_size_in_bytes - m.alias_size_in_bytes
+    cost = Cost(traced - start, done - traced, m.argument_size_in_bytes, m.temp_size_in_bytes, outputs,
+                getattr(m, "peak_memory_in_bytes", 0), buffers)  # fmt: skip
+    return compiled, cost
+
+
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def _largest(folder: Path, least: int = 2**26) -> tuple[Buffer, ...]:
+    """Buffers of the compiler's report of its memory, from 64 MiB on, largest first."""
+    found = []
+    for report in folder.rglob("*memory-usage-report.txt"):
+        for line in report.read_text(encoding="utf-8").splitlines():
+            if match := re.match(r"\s*[\d.]+\w+\([^)]*\);\s*([\d.]+)(B|KiB|MiB|GiB)\s*;.*;([^;]*)$", line):
+                found.append(Buffer(round(float(match[1]) * UNITS[match[2]]), match[3].strip()))
+    return tuple(sorted((b for b in found if b.bytes >= least), reverse=True))
