@@ -87,6 +87,7 @@ def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = 
         step = _steps(stage, _Reporter(stage, console, writers), checkpoints, stop, record)
         while step < steps and stop.signal is None:
             checkpoints.wait()
+            multihost_utils.sync_global_devices("the checkpoint that the next stage begins from is written")
             stage = _Stage(cfg, corpora[step], step, checkpoints)
             console.line(f"after step {step}: {_where(stage)}")
             step = _steps(stage, _Reporter(stage, console, writers), checkpoints, stop, record)

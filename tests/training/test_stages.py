@@ -382,7 +382,7 @@ def test_killed_on_both_sides_of_512_to_2048(tmp_path):
     fsdp 8 with rows of 512, then fsdp 2 x context 4 with rows of 2,048.
     """
     options = {"train.steps": 20, "stages.0.after": 12, "stages.0.mesh.context": 4, "train.checkpoint-every": 5,
-               "train.log-every": 1, "train.eval-every": 100, "train.eval-batches": 1, "optimizer.warmup": 4}  # fmt: skip
+               "train.log-every": 1, "train.eval-batches": 1, "optimizer.warmup": 4}  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
     def start(out: str) -> subprocess.Popen:
