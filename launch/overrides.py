@@ -73,15 +73,14 @@ def apply(cfg: RunConfig, args: argparse.Namespace) -> RunConfig:
     for option, *words in args.overrides:
         path = option.removeprefix("--").replace("-", "_")
         path = path if path in fields else prefix + path
-        if path not in fields and option.startswith("--stages"):
-            has = ", ".join(f"{i} (after step {stage.after})" for i, stage in enumerate(cfg.stages)) or "none"
-            raise ValueError(
-                f"no field {option}: the run's stages are {has}, and what a stage changes of the run is written in a "
-                f"preset (configs/); of that {_stage_fields(fields) or 'nothing'} can be given here"
-            )
+        if path not in fields and option.startswith("--stages") and not cfg.stages:
+            raise ValueError(f"no field {option}: {cfg.name} has no stages, which are written in a preset (configs/)")
         if path not in fields:
             near = _nearest(option, [*fields, *(known.removeprefix("--") for known in args.options)], prefix)
-            raise ValueError(f"no option or field {option}; the nearest is {near}")
+            where = "; stages, and a mesh or schedule of theirs, are written in a preset" * option.startswith(
+                "--stages"
+            )
+            raise ValueError(f"no option or field {option}; the nearest is {near}{where}")
         changes[path] = _value(option, fields[path], words)
     size = changes.get("data.vocab_size")
     if size is not None and not changes.get("data.tokenizer", cfg.data.tokenizer):
@@ -168,10 +167,6 @@ def _value(option: str, kind: Any, words: list[str]) -> Any:
 def _only_learner(cfg: RunConfig) -> str:
     """What may be left out in front of a learner's fields."""
     return f"learners.{next(iter(cfg.learners))}." if len(cfg.learners) == 1 else ""
-
-
-def _stage_fields(fields: dict[str, Any]) -> str:
-    return ", ".join("--" + path.replace("_", "-") for path in fields if path.startswith("stages."))
 
 
 def _nearest(option: str, names: list[str], prefix: str) -> str:

@@ -128,8 +128,8 @@ def test_a_schedule_is_a_segment_and_none_goes_on(make_staged):
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ((Stage(8),), r"a stage's after \(8\) must be less than train.steps \(8\)"),
-        ((Stage(5), Stage(3)), r"a stage's after \(5\) must be less than the next stage's after \(3\)"),
+        ((Stage(8),), r"a stage begins after step 8, which must be less than train.steps \(8\)"),
+        ((Stage(5), Stage(3)), r"a stage begins after step 5, which must be less than the next stage's after \(3\)"),
         ((Stage(4, seq_len=40),), r"after step 4: train.seq_len \(40\) must be a multiple .*: the nearest is 32"),
         ((Stage(4, schedule=Schedule(decay=2.0)),), r"after step 4: optimizer.decay is a share of the steps"),
     ],
