@@ -39,13 +39,6 @@ def learner(name: str, model: ModelConfig, **how) -> Learner:
     return Learner(model, optimizer, **dict(remat="layer") | how)
 
 
-def long_rate(short: Learner) -> Learner:
-    """The same learner in the long-context stage: at the last rate of the first stage, falling to nothing."""
-    assert short.optimizer
-    rate = replace(short.optimizer, learning_rate=LONG_RATE * short.optimizer.learning_rate, warmup=0, decay=1, final=0)
-    return replace(short, optimizer=rate)
-
-
 def run(
     name: str, learners: dict[str, Learner], tokens: int, batch: int, seq_len: int, mesh: MeshConfig, every: int = 500
 ) -> RunConfig:
@@ -55,3 +48,20 @@ def run(
     )
     vocab_size = next(iter(learners.values())).model.vocab_size
     return RunConfig(name, learners, DataConfig(vocab_size=vocab_size), mesh, train)
+
+
+def long_run(name: str, short: RunConfig, learners: dict[str, Learner], batch: int, mesh: MeshConfig) -> RunConfig:
+    """The long-context stage, begun with --from at the end of `short`, whose steps it goes on counting.
+
+    Its rate is the last one of `short`, falling to nothing.
+    """
+    steps = short.train.steps
+    rate = dict(warmup=0, decay=1.0, final=0.0, start=steps)
+    out = run(name, learners, LONG_TOKENS, batch, LONG, mesh)
+    learners = {
+        name: replace(one, optimizer=replace(
+            one.optimizer, learning_rate=LONG_RATE * one.optimizer.learning_rate, **rate))
+        for name, one in learners.items()
+        if one.optimizer
+    }  # fmt: skip
+    return replace(out, learners=learners, train=replace(out.train, steps=steps + out.train.steps))

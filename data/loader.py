@@ -30,15 +30,16 @@ class Corpus:
     """The documents of a run: tokenised, split into training and held-out ones, ready to be packed."""
 
     def __init__(self, documents: Sequence[sources.Source], train: Sequence[np.ndarray], heldout: Sequence[np.ndarray],
-                 tokens: tokenizer.Tokenizer, weights: dict[str, float], cache: epath.Path):  # fmt: skip
+                 tokens: tokenizer.Tokenizer, cfg: DataConfig, cache: epath.Path):  # fmt: skip
         self.sources, self._train, self._heldout = documents, train, heldout
+        self._cfg, self._cache = cfg, cache
         self.tokenizer = tokens
         self.domains: tuple[str, ...] = tuple(source.name for source in documents)
         self.hash = _corpus_hash(documents, train)
         counts = cache / f"tokens-{fingerprint([self.hash, tokens.hash])}.json"
         self.mean_tokens: dict[str, float] = json.loads(cached(counts, self._count_tokens))
         sizes = {name: mean * len(part) for (name, mean), part in zip(self.mean_tokens.items(), train, strict=True)}
-        self.shares: dict[str, float] = mixture.token_shares(sizes, weights)
+        self.shares: dict[str, float] = mixture.token_shares(sizes, cfg.weights)
         self.tokens = round(sum(sizes.values()))  # of one pass over the training documents, estimated
 
     def _count_tokens(self) -> bytes:
@@ -46,20 +47,22 @@ class Corpus:
         return json.dumps({s.name: mixture.tokens_per_document(s, part, self.tokenizer) for s, part in parts}).encode()
 
     @classmethod
-    def open(cls, cfg: DataConfig, cache: epath.PathLike, log: Callable[[str], object] = print) -> Corpus:
-        """Read, split and, unless a tokenizer is named, train one; what was built before is reused from `cache`."""
+    def open(cls, cfg: DataConfig, cache: epath.PathLike, log: Callable[[str], object] = print,
+             tokens: tokenizer.Tokenizer | None = None) -> Corpus:  # fmt: skip
+        """Read, split and, unless one is given or named, train a tokenizer; what was built before is reused from
+        `cache`."""
         started = time.monotonic()
         cache = epath.Path(cache)
         documents = sources.jsonl(cfg.jsonl, cache) if cfg.jsonl else sources.embedded(cache)
         train, heldout = sources.split(documents, cfg.heldout)
-        if cfg.tokenizer:
+        if tokens is None and cfg.tokenizer:
             tokens = tokenizer.load(cfg.tokenizer)
-        else:
+        elif tokens is None:
             parts = (_corpus_hash(documents, train), cfg.vocab_size, BPE_SAMPLE, sentencepiece.__version__)
             file = cache / f"bpe-{fingerprint(parts)}.model"
             sample = _sample(documents, train, BPE_SAMPLE)
             tokens = tokenizer.from_bytes(cached(file, lambda: tokenizer.train_bpe(sample, cfg.vocab_size)))
-        corpus = cls(documents, train, heldout, tokens, cfg.weights, cache)
+        corpus = cls(documents, train, heldout, tokens, cfg, cache)
         parts = ", ".join(f"{s.name} {s.sizes.sum() / 1e6:.1f} MB {corpus.shares[s.name]:.0%}" for s in documents)
         log(
             f"data: {parts}; {sum(map(len, train)):,} documents, {sum(map(len, heldout)):,} held out, "
@@ -67,22 +70,34 @@ class Corpus:
         )
         return corpus
 
+    def of(self, cfg: DataConfig, log: Callable[[str], object] = print) -> Corpus:
+        """What another stage of a run reads: `cfg`'s documents in its shares, with this corpus's tokenizer."""
+        if cfg == self._cfg:
+            return self
+        if (cfg.jsonl, cfg.heldout) != (self._cfg.jsonl, self._cfg.heldout):
+            return Corpus.open(cfg, self._cache, log, self.tokenizer)
+        return Corpus(self.sources, self._train, self._heldout, self.tokenizer, cfg, self._cache)
+
     def heldout(self, batch: int, seq_len: int, chunk: int, max_batches: int) -> list[Batch]:
         """At most `max_batches` batches of held-out rows, the same at every call; padding rows complete the last.
 
         A row holds one domain, domains take turns, and each domain's rows are spread evenly over more text than is
         needed, so that a few long documents do not decide.
         """
-        if batch * max_batches < len(self.domains):
-            raise ValueError(
-                f"held-out rows: {max_batches} batch(es) of {batch} cannot show all {len(self.domains)} domains; "
-                f"ask for at least {-(-len(self.domains) // batch)} batch(es)"
-            )
+        self.check_heldout(batch, max_batches)
         turns = [self._heldout_rows(d, seq_len, chunk, batch * max_batches) for d in range(len(self.domains))]
         rows = [rows[n] for n in range(max(map(len, turns))) for rows in turns if n < len(rows)][: batch * max_batches]
         empty = build_row([], {}, seq_len, self.tokenizer.pad_id)
         rows += [empty] * (-len(rows) % batch)
         return [stack(rows[i : i + batch]) for i in range(0, len(rows), batch)]
+
+    def check_heldout(self, batch: int, max_batches: int) -> None:
+        """ValueError where that many held-out rows cannot show every domain."""
+        if batch * max_batches < len(self.domains):
+            raise ValueError(
+                f"held-out rows: {max_batches} batch(es) of {batch} cannot show all {len(self.domains)} domains; "
+                f"ask for at least {-(-len(self.domains) // batch)} batch(es)"
+            )
 
     def _heldout_rows(self, domain: int, seq_len: int, chunk: int, most: int) -> list[dict[str, np.ndarray]]:
         packer = Packer(seq_len, chunk)
@@ -101,26 +116,41 @@ class Corpus:
         order = np.argsort(np.arange(len(kept)) * 0.6180339887498949 % 1, kind="stable")  # any first few are spread
         return [build_row(packed[kept[i]], documents, seq_len, self.tokenizer.pad_id) for i in order]
 
-    def train(self, batch: int, seq_len: int, chunk: int, seed: int, process_index: int = 0,
-              process_count: int = 1) -> TrainIterator:  # fmt: skip
+    def train(self, batch: int, seq_len: int, chunk: int, seed: int, process_index: int = 0, process_count: int = 1,
+              place: dict[str, Any] | None = None, crossing: bool = False) -> TrainIterator:  # fmt: skip
         """An endless iterator over this process's rows of every global batch of `batch` rows.
 
         All processes walk one stream of rows and take contiguous slices of it, so what is trained on does not depend
-        on how many there are.
+        on how many there are. It goes on from `place`, which `get_state` gave, and ValueError if that is of another
+        stream of rows; but `crossing` from one into another, it begins behind the documents that were read there: of
+        each domain the next ones, so that none comes twice before its domain is through. (What had been read and lay
+        ahead in the pool, at most `POOL_TOKENS`, then waits for the domain's next pass.)
         """
         if batch % process_count:
             raise ValueError(f"a global batch of {batch} rows cannot be divided among {process_count} processes")
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
         check_grid(seq_len, chunk)
-        identity = dict(
+        identity: dict[str, Any] = dict(
             corpus=self.hash, tokenizer=self.tokenizer.hash, seed=seed, seq_len=seq_len, chunk=min(chunk, seq_len),
             shares={name: round(share, 9) for name, share in self.shares.items()},
+            behind=place["stream"]["behind"] if place else {},
         )  # fmt: skip
-        documents = mixture.stream(self.sources, self._train, self.tokenizer, self.shares, self.mean_tokens, seed)
+        if place and crossing and place["stream"] != identity:
+            identity, place = identity | {"behind": place["read"]}, None
+        behind = identity["behind"].get(self.hash, dict.fromkeys(self.domains, 0))
+        documents = mixture.stream(
+            self.sources, self._train, self.tokenizer, self.shares, self.mean_tokens, seed, behind
+        )
         rows = batch // process_count
         mine = slice(process_index * rows, (process_index + 1) * rows)
-        return TrainIterator(_Batches(documents, seq_len, chunk, batch, mine, self.tokenizer.pad_id, seed), identity)
+        already = tuple(behind[name] for name in self.domains)
+        iterator = TrainIterator(
+            _Batches(documents, already, seq_len, chunk, batch, mine, self.tokenizer.pad_id, seed), identity
+        )
+        if place:
+            iterator.set_state(place)
+        return iterator
 
 
 def _corpus_hash(documents: Sequence[sources.Source], train: Sequence[np.ndarray]) -> str:
@@ -158,7 +188,9 @@ class TrainIterator:
         """JSON-able, and the same on every process: a run may go on with another number of processes."""
         state = cast(_State, self._live[0].get_state())
         rows = {name: [[list(piece) for piece in row] for row in getattr(state, name)] for name in ("open", "ready")}
-        return dict(stream=self._identity, drawn=state.drawn, next=state.next, **rows)
+        read = dict(zip(self._identity["shares"], state.read, strict=True))  # of each domain
+        read = self._identity["behind"] | {self._identity["corpus"]: read}
+        return dict(stream=self._identity, drawn=state.drawn, next=state.next, read=read, **rows)
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on exactly after the batches that had been handed out when `state` was taken."""
@@ -170,7 +202,8 @@ class TrainIterator:
                 "it was saved with, or start a new run"
             )
         rows = [tuple(tuple(Piece(*piece) for piece in row) for row in state[name]) for name in ("open", "ready")]
-        self._live[0].set_state(cast(Any, _State(state["drawn"], state["next"], *rows)))
+        read = tuple(state["read"][self._identity["corpus"]][name] for name in self._identity["shares"])
+        self._live[0].set_state(cast(Any, _State(state["drawn"], state["next"], read, rows[0], rows[1])))
 
     def close(self) -> None:
         """Stop the threads; the iterator cannot be used after. Done by itself when the program ends."""
@@ -185,11 +218,14 @@ def _close(live: list[grain.DatasetIterator]) -> None:
 class _State(NamedTuple):
     """A place in the row stream: batches drawn, documents read, rows open in the packer, rows in the pool.
 
+    `read` counts the documents of each domain, those of earlier streams included.
+
     Rows hold places of the document stream, never tokens: they are read and tokenised again on restore.
     """
 
     drawn: int
     next: int
+    read: tuple[int, ...]
     open: tuple[tuple[Piece, ...], ...]
     ready: tuple[tuple[Piece, ...], ...]
 
@@ -204,10 +240,11 @@ class _Batches(grain.IterDataset):
     """
 
     def __init__(
-        self, documents: grain.MapDataset, seq_len: int, chunk: int, batch: int, mine: slice, pad_id: int, seed: int
+        self, documents: grain.MapDataset, already: tuple[int, ...], seq_len: int, chunk: int, batch: int, mine: slice,
+        pad_id: int, seed: int,
     ):  # fmt: skip
         super().__init__()
-        self.documents, self.seq_len, self.chunk = documents, seq_len, chunk
+        self.documents, self.already, self.seq_len, self.chunk = documents, already, seq_len, chunk
         self.batch_rows, self.mine, self.pad_id, self.draw_seed = batch, mine, pad_id, seed
         self.pool_rows = max(batch, POOL_TOKENS // seq_len)
 
@@ -223,6 +260,7 @@ class _BatchIterator(grain.DatasetIterator):
         options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
         self._reader = iter(plan.documents.to_iter_dataset(options))
         self._drawn = self._next = 0
+        self._read_of = list(plan.already)
         self._ready: list[tuple[Piece, ...]] = []
         self._held: dict[int, Document] = {}
 
@@ -232,6 +270,7 @@ class _BatchIterator(grain.DatasetIterator):
             document = self._held[self._next] = next(self._reader)
             self._ready += map(tuple, self._packer.add(self._next, len(document.tokens)))
             self._next += 1
+            self._read_of[document.domain] += 1
         order = np.random.default_rng((plan.draw_seed, self._drawn)).permutation(len(self._ready))
         chosen, rest = order[: plan.batch_rows], np.sort(order[plan.batch_rows :])
         rows, self._ready = [self._ready[i] for i in chosen], [self._ready[i] for i in rest]
@@ -244,10 +283,11 @@ class _BatchIterator(grain.DatasetIterator):
         return {piece.key for row in (*self._packer.snapshot(), *self._ready) for piece in row}
 
     def get_state(self) -> _State:
-        return _State(self._drawn, self._next, self._packer.snapshot(), tuple(self._ready))
+        return _State(self._drawn, self._next, tuple(self._read_of), self._packer.snapshot(), tuple(self._ready))
 
     def set_state(self, state: _State) -> None:
         self._drawn, self._next, self._ready = state.drawn, state.next, list(state.ready)
+        self._read_of = list(state.read)
         self._packer.restore(state.open)
         self._reader.set_state({"next_index": state.next})
         self._held = {key: self._read(key) for key in sorted(self._needed())}

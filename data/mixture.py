@@ -66,10 +66,12 @@ def stream(
     shares: Mapping[str, float],
     mean_tokens: Mapping[str, float],
     seed: int,
+    behind: Mapping[str, int] | None = None,
 ) -> grain.MapDataset:
     """An endless grain MapDataset of `Document`s, tokenised when read. Every pass over a domain is shuffled anew.
 
-    A domain's order depends on the seed and its name alone, not on what it is mixed with.
+    A domain's order depends on the seed and its name alone, not on what it is mixed with: so another mixture can begin
+    `behind` as many documents of each domain as were read before.
     """
     parts, weights = [], []
     for domain, source in enumerate(sources):
@@ -77,7 +79,7 @@ def stream(
             continue
         read = _Read(source, indices[domain], tokenizer, domain)
         order = grain.MapDataset.range(len(indices[domain])).seed(int(fingerprint([seed, source.name])[:8], 16))
-        parts.append(order.shuffle().repeat().map_with_index(read))
+        parts.append(order.shuffle().repeat().map_with_index(read)[(behind or {}).get(source.name, 0) :])
         weights.append(shares[source.name] / mean_tokens[source.name])
     return grain.MapDataset.mix(parts, weights=weights)
 

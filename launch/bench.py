@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} step NAME [--FIELD VALUE ...] [options]"
     parser.add_argument("--batch", metavar="N", help="rows of a step, over all devices: --train.batch")
     parser.add_argument("--seq", metavar="N", help="tokens of a row: --train.seq-len")
+    parser.add_argument("--at", metavar="STEP", type=int, default=0, help="of a run in stages: the one after this step")
     parser.add_argument("--steps", type=int, default=10, help="steps to time (default: 10)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default: 3)")
     parser.add_argument("--json", metavar="FILE", nargs="?", const="-",
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     shape = [[field, value] for field, value in (("--train.batch", args.batch), ("--train.seq-len", args.seq)) if value]
     args.overrides += shape
-    cfg = overrides.apply(find(args.name), args)
+    cfg = overrides.apply(find(args.name), args).at(args.at)
     if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}")
     import jax

@@ -23,6 +23,7 @@ SHOWN_CHARACTERS = 400
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     overrides.add_name(parser, default="pretrain:tiny")
+    parser.add_argument("--at", metavar="STEP", type=int, default=0, help="of a run in stages: the one after this step")
     parser.add_argument("--show", metavar="N", type=int, default=0, help="also show the first N pieces of documents")
     parser.add_argument("--json", action="store_true", help="print the description as JSON; the log goes to stderr")
 
@@ -31,7 +32,10 @@ def run(args: argparse.Namespace) -> int:
     from launch.startup import open_corpus
 
     cfg = overrides.apply(configs.find(args.name), args)
-    corpus = open_corpus(cfg, partial(print, file=sys.stderr))
+    corpus = open_corpus(cfg, log := partial(print, file=sys.stderr))
+    if (then := cfg.at(args.at)).data != cfg.data:
+        corpus = corpus.of(then.data, log)
+    cfg = then
     facts = describe(cfg, corpus)
     if args.show:
         facts["samples"] = list(islice(_pieces(cfg, corpus), args.show))

@@ -80,7 +80,7 @@ def _write(cfg: RunConfig) -> None:
     kept = dataclasses.replace(cfg.data, tokenizer=str(folder / MODEL_FILE))  # the run needs the source no more
     cfg = dataclasses.replace(cfg, data=kept)
     with Checkpoints(folder, cfg.train.checkpoint_keep) as checkpoints:
-        checkpoints.save(0, state, stream.get_state(), run_record(cfg, corpus.tokenizer.hash))
+        checkpoints.save(0, state, stream.get_state() | {"tokens_seen": 0}, run_record(cfg, corpus.tokenizer.hash))
     stream.close()
     write_config(folder, cfg)
     corpus.tokenizer.save(folder)

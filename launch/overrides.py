@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import configs
-from training.config import Learner, RunConfig
+from training.config import Learner, RunConfig, Stage
 
 
 def add_name(parser: argparse.ArgumentParser, default: str = "", also: str = "") -> None:
@@ -73,9 +73,14 @@ def apply(cfg: RunConfig, args: argparse.Namespace) -> RunConfig:
     for option, *words in args.overrides:
         path = option.removeprefix("--").replace("-", "_")
         path = path if path in fields else prefix + path
+        if path not in fields and option.startswith("--stages") and not cfg.stages:
+            raise ValueError(f"no field {option}: {cfg.name} has no stages, which are written in a preset (configs/)")
         if path not in fields:
             near = _nearest(option, [*fields, *(known.removeprefix("--") for known in args.options)], prefix)
-            raise ValueError(f"no option or field {option}; the nearest is {near}")
+            where = "; stages, and a mesh or schedule of theirs, are written in a preset" * option.startswith(
+                "--stages"
+            )
+            raise ValueError(f"no option or field {option}; the nearest is {near}{where}")
         changes[path] = _value(option, fields[path], words)
     size = changes.get("data.vocab_size")
     if size is not None and not changes.get("data.tokenizer", cfg.data.tokenizer):
@@ -103,7 +108,7 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     """Path -> type of every field that can be overridden."""
     found: dict[str, Any] = {}
     for name, child, kind in _children(node):
-        if dataclasses.is_dataclass(child) or name == "learners":
+        if dataclasses.is_dataclass(child) or name in ("learners", "stages"):
             found.update(leaves(child, f"{prefix}{name}."))
         elif child is not None:  # a frozen learner has no optimizer's fields
             found[prefix + name] = kind
@@ -111,9 +116,10 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _children(node: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(name, value, type) of a dataclass's fields, or of the learners."""
-    if isinstance(node, dict):
-        yield from ((name, child, type(child)) for name, child in node.items())
+    """(name, value, type) of a dataclass's fields, or of the learners, or of the stages by their numbers."""
+    if isinstance(node, dict | tuple):
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        yield from ((str(name), child, type(child)) for name, child in items)
     else:
         hints = typing.get_type_hints(type(node))
         yield from ((f.name, getattr(node, f.name), hints[f.name]) for f in dataclasses.fields(node))
@@ -128,6 +134,8 @@ def _rebuild(node: Any, changes: dict[str, Any], prefix: str) -> Any:
             new[name] = changes[path]
         elif any(changed.startswith(f"{path}.") for changed in changes):
             new[name] = _rebuild(child, changes, f"{path}.")
+    if isinstance(node, tuple):
+        return tuple(new.get(str(i), child) for i, child in enumerate(node))
     return {**node, **new} if isinstance(node, dict) else dataclasses.replace(node, **new)
 
 
@@ -176,16 +184,21 @@ def print_fields(cfg: RunConfig, prog: str) -> None:
     """All fields with their meaning and value; those of a single learner under their short names."""
     import tyro
 
-    kind: Any = RunConfig
-    default: Any = cfg
+    rest = {name: (hint, value) for name, value, hint in _children(cfg) if name in ("data", "mesh", "train")}
+    stages = {f"stage_{i}": (Annotated[Stage, tyro.conf.arg(name=f"stages.{i}")], s) for i, s in enumerate(cfg.stages)}
+    fork = "RUN@STEP that the run began from; --from finds the step."
+    texts = {"out": (Annotated[str, tyro.conf.arg(help="The run's folder; empty: runs/NAME.")], cfg.out),
+             "fork": (Annotated[str, tyro.conf.arg(help=fork)], cfg.fork)}  # fmt: skip
+    learners: dict[str, Any] = {"learners": (dict[str, Learner], cfg.learners)}
     if len(cfg.learners) == 1:
-        learner = next(iter(cfg.learners.values()))
-        short = {"learner": (Annotated[Learner, tyro.conf.arg(name="")], learner)}
-        rest = {name: (hint, value) for name, value, hint in _children(cfg) if name in ("data", "mesh", "train")}
-        out = {"out": (Annotated[str, tyro.conf.arg(help="The run's folder; empty: runs/NAME.")], cfg.out)}
-        fields = [(n, hint, dataclasses.field(default=value)) for n, (hint, value) in {**out, **rest, **short}.items()]
-        kind = dataclasses.make_dataclass("Fields", fields, frozen=True)
-        default = kind()
+        learners = {"learner": (Annotated[Learner, tyro.conf.arg(name="")], next(iter(cfg.learners.values())))}
+    shown = {**texts, **rest, **stages, **learners}
+    fields = [
+        (name, hint, dataclasses.field(default_factory=lambda value=value: value))
+        for name, (hint, value) in shown.items()
+    ]
+    kind: Any = dataclasses.make_dataclass("Fields", fields, frozen=True)
+    default = kind()
     about = re.sub(r"\n+", "\n\n", inspect.getdoc(configs.PRESETS[cfg.name]) or "")  # tyro joins single lines
     tyro.cli(kind, default=default, prog=prog, args=["--help"], description=about,
              config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))  # fmt: skip

@@ -1,4 +1,7 @@
-"""`llama4 train NAME`: trains a preset; started again, it goes on from its newest checkpoint."""
+"""`llama4 train NAME`: trains a preset; started again, it goes on from its newest checkpoint.
+
+`--from RUN@STEP` begins a run from a checkpoint of another one.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,32 @@ TAKES_OVERRIDES = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     overrides.add_name(parser, also=", or the folder of a run to go on with")
+    parser.add_argument("--from", dest="source", metavar="RUN[@STEP]", default="",
+                        help="begin a new run, of NAME or as RUN was, from RUN's checkpoint of STEP (default: the "
+                        "newest), with its weights, optimizer, step and place in the data")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the closing summary as JSON; the log goes to stderr")
 
 
 def run(args: argparse.Namespace) -> int:
-    cfg = overrides.apply(find(args.name), args)
+    cfg = configuration(args)
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         summary = train(cfg)
     if args.json:
         print(json.dumps(summary))
     return status(summary)
+
+
+def configuration(args: argparse.Namespace) -> RunConfig:
+    """What was named, with its overrides, and where it begins."""
+    if not args.source:
+        return overrides.apply(find(args.name), args)
+    from training import fork
+
+    run, _ = fork.parts(fork.find(args.source))
+    cfg = overrides.apply(find(args.name or run), args)
+    if cfg.folder.rstrip("/") == run.rstrip("/"):
+        raise ValueError(f"--from {args.source} begins another run: give its folder, --out DIR")
+    return dataclasses.replace(cfg, fork=fork.find(args.source, cfg.folder))
 
 
 def find(name: str) -> RunConfig:

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,8 @@ from training.state import TrainState, execution
 RESUMABLE = ("name", "out", "mesh", "train.steps", "train.log_every", "train.eval_every", "train.eval_batches",
              "train.checkpoint_every", "train.checkpoint_keep")  # fmt: skip
 """Config fields that a resumed run may change freely; of a learner all but its model, too."""
+RESUMABLE_OF_A_STAGE = ("mesh", "microbatches", "remat", "schedule")
+"""Likewise of a stage that has begun; one that has not may change as it likes, or come or go."""
 
 
 class Checkpoints:
@@ -57,7 +59,7 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the save under way and release what is held; OSError if that save failed."""
         try:
-            self._wait()
+            self.wait()
         finally:
             self._manager.close()
 
@@ -71,12 +73,13 @@ class Checkpoints:
         steps = list(self._manager.all_steps())
         if not steps or (step is not None and step not in steps):
             wanted = "complete checkpoint" if step is None else f"checkpoint of step {step}"
-            raise FileNotFoundError(f"no {wanted} in {self.folder}; there are: {sorted(steps)}")
+            near = f"; the nearest is {min(steps, key=lambda s: abs(s - step))}" if steps and step is not None else ""
+            raise FileNotFoundError(f"no {wanted} in {self.folder}; there are: {sorted(steps)}{near}")
         return max(steps) if step is None else step
 
     def save(self, step: int, state: TrainState, position: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Start to write a checkpoint; returns once the arrays are copied off the devices. OSError if one failed."""
-        self._wait()
+        self.wait()
         self._saving = step
         named = named_leaves(state)
         items = ocp.args.Composite(
@@ -128,7 +131,8 @@ class Checkpoints:
         args: Any = {item: ocp.args.JsonRestore()}
         return self._manager.restore(self.find(step), args=ocp.args.Composite(**args))[item]
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the save under way is done; OSError if it failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -181,15 +185,18 @@ def run_record(cfg: RunConfig, tokenizer: str) -> dict[str, Any]:
     return json.loads(json.dumps({"config": dataclasses.asdict(cfg), "tokenizer": tokenizer}))
 
 
-def check_resumable(stored: Mapping[str, Any], current: Mapping[str, Any], where: str) -> list[str]:
-    """Lines `field: old -> new` of harmless changes; ValueError for one that would make it another run."""
+def check_resumable(stored: Mapping[str, Any], current: Mapping[str, Any], where: str, done: int) -> list[str]:
+    """Lines `field: old -> new` of changes that are harmless after `done` steps; ValueError for one that would make it
+    another run."""
     if stored["tokenizer"] != current["tokenizer"]:
         raise ValueError(f"{where} was trained with tokenizer {stored['tokenizer']}, not {current['tokenizer']}")
-    old, new = _flat(stored["config"]), _flat(current["config"])
+    old, new = flat(stored["config"]), flat(current["config"])
+    stages = [side["config"].get("stages", ()) for side in (stored, current)]
+    begun = {str(i) for some in stages for i, stage in enumerate(some) if stage["after"] < done}
     changes = []
     for field in sorted({*old, *new}):
         was, now = old.get(field, "absent"), new.get(field, "absent")
-        if was != now and not _free(field):
+        if was != now and not _free(field, begun):
             raise ValueError(
                 f"{where} was trained with {field} = {was!r}, not {now!r}: restore that value, or use another folder"
             )
@@ -198,14 +205,19 @@ def check_resumable(stored: Mapping[str, Any], current: Mapping[str, Any], where
     return changes
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of JSON by their dotted paths, in which the items of a list are numbered."""
+    if isinstance(tree, list):
+        tree = {str(i): sub for i, sub in enumerate(tree)}
     if not isinstance(tree, Mapping):
         return {prefix: tree}
-    return {k: v for key, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{key}" if prefix else key).items()}
+    return {k: v for key, sub in tree.items() for k, v in flat(sub, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def _free(field: str) -> bool:
+def _free(field: str, begun: Container[str]) -> bool:
     parts = field.split(".")
+    if parts[0] == "stages":
+        return parts[1] not in begun or parts[2] in RESUMABLE_OF_A_STAGE
     if parts[0] == "learners":
         return len(parts) > 2 and parts[2] != "model"
     return any(field == name or field.startswith(f"{name}.") for name in RESUMABLE)
@@ -226,6 +238,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if typing.get_origin(kind) is dict:
         of = typing.get_args(kind)[1]
         return {key: _build(of, sub, f"{where}.{key}") for key, sub in value.items()}
+    if typing.get_origin(kind) is tuple:
+        return tuple(_build(typing.get_args(kind)[0], sub, f"{where}.{i}") for i, sub in enumerate(value))
     if typing.get_origin(kind) is types.UnionType:  # of a dataclass and None
         return None if value is None else _build(typing.get_args(kind)[0], value, where)
     if not dataclasses.is_dataclass(kind):

@@ -5,7 +5,8 @@ Every field is a command-line override (`--train.steps 100`, `--mesh.expert 8`);
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Literal
 
 from data.config import DataConfig
@@ -34,6 +35,8 @@ class OptimizerConfig:
     """Last share of the steps, over which the rate falls linearly."""
     final: float = 0.1
     """Where it ends, as a share of the peak."""
+    start: int = 0
+    """Steps before all this: the rate rises, holds and falls over those from there on (in a run that --from began)."""
     b1: float = 0.9
     """Decay of the mean of gradients; muon's momentum, usually 0.95."""
     b2: float = 0.95
@@ -47,7 +50,7 @@ class OptimizerConfig:
 
     def fall_start(self, steps: int) -> int:
         """The first step, from 0, of those over which the rate falls; `steps` where it never does."""
-        return steps - round(self.decay * steps)
+        return steps - round(self.decay * (steps - self.start))
 
     def __post_init__(self):
         _check(self.kind != "adafactor" or self.moment_dtype == "float32",
@@ -55,6 +58,7 @@ class OptimizerConfig:
         _check(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
         _check(0 <= self.decay <= 1, f"optimizer.decay is a share of the steps, 0 to 1, not {self.decay}")
         _check(self.warmup >= 0, f"optimizer.warmup must be at least 0, not {self.warmup}")
+        _check(self.start >= 0, f"optimizer.start must be at least 0, not {self.start}")
         _check(0 <= self.final <= 1, f"optimizer.final is a share of the peak, 0 to 1, not {self.final}")
         _check(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optimizer.b1 and b2 lie in [0, 1), not {self.b1}, {self.b2}")
         _check(self.weight_decay >= 0, f"optimizer.weight_decay must be at least 0, not {self.weight_decay}")
@@ -156,6 +160,11 @@ class MeshConfig:
         _check(all(s == -1 or s >= 1 for s in sizes.values()), f"mesh sizes must be at least 1, or -1: {sizes}")
         _check(sum(s == -1 for s in sizes.values()) <= 1, f"only one mesh axis may be -1: {sizes}")
 
+    def suits(self, devices: int) -> bool:
+        """Whether so many devices make such a mesh."""
+        known = prod(size for size in vars(self).values() if size != -1)
+        return devices % known == 0 if -1 in vars(self).values() else devices == known
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -187,6 +196,56 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """The learning rate from a stage on: warm-up, hold and fall over the steps to the next one that has a schedule."""
+
+    peak: float = 0.1
+    """Share of each learner's optimizer.learning_rate that is held."""
+    warmup: int = 0
+    """Steps of linear warm-up, from 0; none where the rate goes on from that of the stage before."""
+    decay: float = 0.2
+    """Last share of the steps, over which the rate falls linearly."""
+    final: float = 0.1
+    """Where it ends, as a share of this peak."""
+
+    def __post_init__(self):
+        _check(self.peak > 0, f"schedule.peak is a share of the learning rate, above 0, not {self.peak}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A later part of a run, with other rows, documents, devices or rates; what it leaves out is as in the run.
+
+    Weights, the optimizer's state and the count of steps go on. It begins from the checkpoint of its first step's
+    predecessor, whether the process is the same or another one, and has a stream of rows of its own if they differ.
+    """
+
+    after: int
+    """Steps of the run before this stage."""
+    batch: int = 0
+    """Sequences of a step; 0: train.batch."""
+    seq_len: int = 0
+    """Tokens of a sequence; 0: train.seq_len."""
+    jsonl: str = ""
+    """Other documents, read with the run's tokenizer; empty: data.jsonl."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of the tokens by domain; empty: data.weights, or by size where jsonl names other documents."""
+    mesh: MeshConfig | None = None
+    """Other devices along the axes, or None."""
+    microbatches: int = 0
+    """Of every learner; 0: as it has."""
+    remat: Literal["", "none", "attention", "layer", "block", "nested"] = ""
+    """Of every learner; empty: as it has."""
+    schedule: Schedule | None = None
+    """The learning rate from here on; None: the one before goes on as if there were no boundary."""
+
+    def __post_init__(self):
+        _check(self.after >= 1, f"a stage's after must be at least 1, not {self.after}")
+        for name in ("batch", "seq_len", "microbatches"):
+            _check(getattr(self, name) >= 0, f"a stage's {name} must be at least 0, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A run: who learns, from what, on which mesh, for how long."""
 
@@ -197,10 +256,16 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    stages: tuple[Stage, ...] = ()
+    """Its later parts, each from a step on, in their order; the first part is what the fields above say."""
+    fork: str = ""
+    """RUN@STEP, the checkpoint this run began from with weights, optimizer and step; written by --from."""
     out: str = ""
     """The run's folder; empty: runs/NAME."""
 
     def __post_init__(self):
+        _check(not self.fork or self.fork.rpartition("@")[2].isdecimal(),
+               f"fork must be empty or RUN@STEP, not {self.fork!r}")  # fmt: skip
         _check(bool(self.learners), "a run needs at least one learner")
         _check(any(learner.optimizer for learner in self.learners.values()), "a run needs a learner with an optimizer")
         seq_len = self.train.seq_len
@@ -216,11 +281,14 @@ class RunConfig:
             _check(not teacher or self.learners[teacher].model.vocab_size == learner.model.vocab_size,
                    f"{name} and its teacher {teacher} must share the vocabulary: model.vocab_size differs")  # fmt: skip
             before.append(name)
+            start = learner.optimizer.start if learner.optimizer else 0
+            steps = self.train.steps - start
+            _check(steps > 0, f"{name}'s optimizer.start ({start}) must be less than train.steps ({start + steps})")
             falls = learner.optimizer is None or learner.optimizer.fall_start(self.train.steps) < self.train.steps
             _check(
                 falls or not learner.model.router_bias,
                 f"{name}'s router bias falls to 0 while its learning rate does, for which optimizer.decay leaves "
-                f"none of {self.train.steps} steps: the nearest that leaves one is {1 / self.train.steps:.2g}",
+                f"none of {steps} steps: the nearest that leaves one is {1 / steps:.2g}",
             )
             chunk = learner.model.chunk
             _check(seq_len % chunk == 0 or seq_len <= chunk,
@@ -228,7 +296,54 @@ class RunConfig:
                    f"the nearest is {max(1, round(seq_len / chunk)) * chunk}")  # fmt: skip
         _check(len({learner.model.chunk for learner in self.learners.values()}) == 1,
                "learners of one run read the same packed rows, so they need the same model.chunk")  # fmt: skip
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        """Stages follow one another, and each is a run that could be."""
+        ends = [stage.after for stage in self.stages] + [self.train.steps]
+        for stage, end in zip(self.stages, ends[1:], strict=True):
+            what = "train.steps" if end == self.train.steps else "the next stage's after"
+            _check(
+                stage.after < end, f"a stage begins after step {stage.after}, which must be less than {what} ({end})"
+            )
+        for stage in (None, *self.stages) if self.stages else ():
+            try:
+                self.at(stage.after if stage else 0)
+            except ValueError as error:
+                raise ValueError(f"{f'after step {stage.after}' if stage else 'first stage'}: {error}") from error
 
     @property
     def folder(self) -> str:
         return self.out or f"runs/{self.name.replace(':', '-')}"
+
+    def stage_end(self, done: int) -> int:
+        """The last step of the stage that the step after `done` ones lies in."""
+        return next((stage.after for stage in self.stages if stage.after > done), self.train.steps)
+
+    def at(self, done: int) -> RunConfig:
+        """What the step after `done` ones is a step of: a run without stages, of its stage's data, rows, mesh and rate.
+
+        Its `train.steps` is where that learning rate's schedule ends, at or after the end of the stage. A run without
+        stages is this itself.
+        """
+        if not self.stages:
+            return self
+        begun = [stage for stage in self.stages if stage.after <= done]
+        stage = begun[-1] if begun else Stage(1)
+        own = next((s for s in reversed(begun) if s.schedule), None)
+        ends = (s.after for s in self.stages if s.schedule and s.after > done)
+        train = replace(self.train, steps=next(ends, self.train.steps), batch=stage.batch or self.train.batch,
+                        seq_len=stage.seq_len or self.train.seq_len)  # fmt: skip
+        weights = stage.weights or ({} if stage.jsonl else self.data.weights)
+        data = replace(self.data, jsonl=stage.jsonl or self.data.jsonl, weights=weights)
+
+        def learner_then(learner: Learner) -> Learner:
+            optimizer = learner.optimizer
+            if optimizer and own and (rate := own.schedule):
+                optimizer = replace(optimizer, learning_rate=rate.peak * optimizer.learning_rate, warmup=rate.warmup,
+                                    decay=rate.decay, final=rate.final, start=own.after)  # fmt: skip
+            return replace(learner, optimizer=optimizer, microbatches=stage.microbatches or learner.microbatches,
+                           remat=stage.remat or learner.remat)  # fmt: skip
+
+        learners = {name: learner_then(learner) for name, learner in self.learners.items()}
+        return replace(self, learners=learners, data=data, mesh=stage.mesh or self.mesh, train=train, stages=())

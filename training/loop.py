@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from data import tokenizer
 from data.batch import Batch
 from data.loader import Corpus
 from llama4_jax.config import ModelConfig, Rope
+from training import fork
 from training.checkpoint import (
     Checkpoints,
     abstract_params,
@@ -59,29 +60,20 @@ def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = 
     folder = epath.Path(cfg.folder)
     record = run_record(cfg, corpus.tokenizer.hash)
     newest, changes = _find_start(folder, record)
-    start, steps = newest or 0, cfg.train.steps
     if newest is None:
-        _check_sources(cfg, corpus)
+        changes = _check_sources(cfg, corpus)
+    start, steps = _fork_step(cfg) if newest is None else newest, cfg.train.steps
     if start >= steps:
         return _say(log, _summary(cfg, folder, start, None), f"{folder} is complete already: {start} steps of {steps}")
 
-    # --- The mesh, and the state on it
-    mesh = make_mesh(cfg.mesh)
-    check_fits(cfg, mesh)
     with ExitStack() as stack:
+        # --- The first stage: its mesh, the state on it, its data and compiled functions
         console = stack.enter_context(closing(Console(cfg, start, log)))
-        state, position = _start(folder, newest, cfg, mesh)
-        for line in _describe(cfg, mesh, state, folder, newest, changes):
+        corpora = _look_ahead(cfg, corpus, start, console.line)
+        with _source(folder, newest, cfg) as source:
+            stage = _Stage(cfg, corpora[start], start, source)
+        for line in _describe(stage, folder, newest, changes):
             console.line(line)
-
-        # --- The data, and the compiled functions
-        chunk = next(iter(cfg.learners.values())).model.chunk
-        shape = (cfg.train.batch, cfg.train.seq_len, chunk)
-        stream = stack.enter_context(closing(corpus.train(*shape, cfg.train.seed, *row_share(mesh)[:2])))
-        if position:
-            stream.set_state(position)
-        held_out = _HeldOut(cfg, mesh, corpus.domains, corpus.heldout(*shape, cfg.train.eval_batches))
-        train_step = make_train_step(cfg, mesh, len(corpus.domains))
 
         # --- What is kept
         writers = None
@@ -89,32 +81,79 @@ def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = 
             write_config(folder, cfg)
             corpus.tokenizer.save(folder)
             writers = stack.enter_context(closing(Writers(folder, start)))
-        report = _Reporter(cfg, mesh, corpus.domains, console, writers)
         checkpoints = stack.enter_context(Checkpoints(folder, cfg.train.checkpoint_keep))
         stop = stack.enter_context(_Stop())
 
-        # --- The steps: the metrics of one are fetched while the next one runs
-        step = start
-        for step in range(start + 1, steps + 1):
-            asked = time.perf_counter()
-            batch = put_local(next(stream), mesh)
-            wait = time.perf_counter() - asked
-            state, metrics = train_step(state, batch)
-            report.finish()
-            report.begin(step, metrics, wait)
-            checkpoints.check()
-            stopping, last = stop.requested(step), step == steps
-            evaluating = last or (step % cfg.train.eval_every == 0 and not stopping)
-            if evaluating or stopping or step % cfg.train.checkpoint_every == 0:
-                report.finish(partial(held_out, state) if evaluating else dict)
-                if last or stopping or step % cfg.train.checkpoint_every == 0:
-                    checkpoints.save(step, state, stream.get_state(), record)
-                report.restart()
-            if stopping:
-                break
+        # --- The steps of a stage, and of the next, which begins from the checkpoint that they end with
+        step = _steps(stage, _Reporter(stage, console, writers), checkpoints, stop, record)
+        while step < steps and stop.signal is None:
+            checkpoints.wait()
+            multihost_utils.sync_global_devices("the checkpoint that the next stage begins from is written")
+            stage = _Stage(cfg, corpora[step], step, checkpoints)
+            console.line(f"after step {step}: {_where(stage)}")
+            step = _steps(stage, _Reporter(stage, console, writers), checkpoints, stop, record)
     # Leaving the block has waited for the last checkpoint, and raised if it was not written.
     summary = _summary(cfg, folder, step, stop.signal)
     return _say(log, summary, _farewell(summary))
+
+
+class _Stage:
+    """Where the steps from `start` to `stop` are made: the mesh, the state on it, its data, its compiled functions."""
+
+    def __init__(self, cfg: RunConfig, corpus: Corpus, start: int, source: Checkpoints | None):
+        """`source` holds the checkpoint of step `start`, None where the run begins with a state of its own."""
+        self.start, self.stop = start, cfg.stage_end(start)
+        self.cfg, self.domains = cfg.at(start), corpus.domains
+        _check_schedules(self.cfg, start)
+        self.mesh = make_mesh(self.cfg.mesh)
+        check_fits(self.cfg, self.mesh)
+        place = None
+        if source:
+            self.state, place = source.restore(start, abstract_state(self.cfg, self.mesh))
+        else:
+            self.state = initial_state(self.cfg, self.mesh)
+        self.tokens_seen: int = place["tokens_seen"] if place else 0
+        chunk = next(iter(cfg.learners.values())).model.chunk
+        shape = (self.cfg.train.batch, self.cfg.train.seq_len, chunk)
+        # A stage, or a fork, may read other rows than what was before it.
+        crossing = start in [stage.after for stage in cfg.stages] or (bool(cfg.fork) and start == _fork_step(cfg))
+        self.stream = corpus.train(*shape, self.cfg.train.seed, *row_share(self.mesh)[:2], place, crossing)
+        held_out = corpus.heldout(*shape, self.cfg.train.eval_batches)
+        self.held_out = _HeldOut(self.cfg, self.mesh, self.domains, held_out)
+        self.train_step = make_train_step(self.cfg, self.mesh, len(self.domains))
+
+    def close(self) -> None:
+        """Give up the devices' memory and stop reading."""
+        self.stream.close()
+        del self.state, self.train_step, self.held_out
+
+
+def _steps(stage: _Stage, report: _Reporter, checkpoints: Checkpoints, stop: _Stop, record: dict[str, Any]) -> int:
+    """The steps of a stage; returns the last one, at which there is a checkpoint.
+
+    The metrics of one are fetched while the next one runs.
+    """
+    step, train = stage.start, stage.cfg.train
+    with closing(stage):
+        for step in range(stage.start + 1, stage.stop + 1):
+            asked = time.perf_counter()
+            batch = put_local(next(stage.stream), stage.mesh)
+            wait = time.perf_counter() - asked
+            stage.state, metrics = stage.train_step(stage.state, batch)
+            report.finish()
+            report.begin(step, metrics, wait)
+            checkpoints.check()
+            stopping, last = stop.requested(step), step == stage.stop
+            evaluating = last or (step % train.eval_every == 0 and not stopping)
+            if evaluating or stopping or step % train.checkpoint_every == 0:
+                report.finish(partial(stage.held_out, stage.state) if evaluating else dict)
+                if last or stopping or step % train.checkpoint_every == 0:
+                    place = stage.stream.get_state() | {"tokens_seen": report.tokens_seen}
+                    checkpoints.save(step, stage.state, place, record)
+                report.restart()
+            if stopping:
+                break
+    return step
 
 
 # --- Before the first step
@@ -177,11 +216,22 @@ def _check_vocabulary(cfg: RunConfig, corpus: Corpus) -> None:
             )
 
 
-def _check_sources(cfg: RunConfig, corpus: Corpus) -> None:
-    """Weights that a learner begins with are there, and mean by a token id what this run means by it.
+def _fork_step(cfg: RunConfig) -> int:
+    """Steps before the first one of a new run."""
+    return fork.parts(cfg.fork)[1] if cfg.fork else 0
+
+
+def _check_sources(cfg: RunConfig, corpus: Corpus) -> list[str]:
+    """What a new run begins from is there, and means by a token id what this run means by it; lines of how it differs.
 
     A folder without a tokenizer that is ours to read (a checkpoint from elsewhere) is taken at its word.
     """
+    if cfg.fork:
+        run, step = fork.parts(cfg.fork)
+        if step >= cfg.train.steps:
+            raise ValueError(f"{cfg.fork} is at or behind the end, train.steps = {cfg.train.steps}: give more steps")
+        with Checkpoints(run) as checkpoints:
+            return fork.differences(cfg, checkpoints.record(step), corpus.tokenizer.hash)
     for name, learner in cfg.learners.items():
         folder = epath.Path(learner.init.partition(":")[2])
         if learner.init and not (folder / CONFIG).exists():
@@ -192,6 +242,13 @@ def _check_sources(cfg: RunConfig, corpus: Corpus) -> None:
             raise ValueError(
                 f"{name}'s {learner.init} has another tokenizer than this run: give --data.tokenizer {source}"
             )
+    return []
+
+
+def _check_schedules(cfg: RunConfig, start: int) -> None:
+    for name, learner in cfg.learners.items():
+        if learner.optimizer and learner.optimizer.start > start:
+            raise ValueError(f"{name}'s optimizer.start is {learner.optimizer.start}, but the run begins at {start}")
 
 
 def _use_compilation_cache() -> None:
@@ -208,29 +265,55 @@ def _find_start(folder: epath.Path, record: dict[str, Any]) -> tuple[int | None,
         with Checkpoints(folder) as checkpoints:
             newest = checkpoints.latest
             if newest is not None:
-                changes = check_resumable(checkpoints.record(newest), record, str(folder))
+                changes = check_resumable(checkpoints.record(newest), record, str(folder), newest)
     multihost_utils.sync_global_devices("every process has looked before one of them writes")
     return newest, changes
 
 
-def _start(folder: epath.Path, step: int | None, cfg: RunConfig, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
-    """The state to begin with, and the position in the data: empty for its beginning."""
-    if step is None:
-        return initial_state(cfg, mesh), {}
-    with Checkpoints(folder) as checkpoints:
-        return checkpoints.restore(step, abstract_state(cfg, mesh))
+def _source(folder: epath.Path, newest: int | None, cfg: RunConfig) -> AbstractContextManager[Checkpoints | None]:
+    """The checkpoints that the run goes on from, its own or the ones it is a fork of; None for its beginning."""
+    if newest is not None:
+        return Checkpoints(folder)
+    return Checkpoints(fork.parts(cfg.fork)[0]) if cfg.fork else nullcontext()
 
 
-def _describe(cfg: RunConfig, mesh: Mesh, state: TrainState, folder: epath.Path, newest: int | None,
-              changes: list[str]) -> Iterator[str]:  # fmt: skip
-    for name, learner in cfg.learners.items():
-        total = sum(x.size for x in jax.tree.leaves(state.learners[name].params))
+def _look_ahead(cfg: RunConfig, corpus: Corpus, start: int, say: Callable[[str], object]) -> dict[int, Corpus]:
+    """What each stage from `start` on reads, by the steps before it; ValueError now for what would fail then.
+
+    A stage for another number of devices than are here may be run elsewhere, so that it is only spoken of.
+    """
+    corpora, devices, done = {}, jax.device_count(), start
+    while done < cfg.train.steps:
+        then = cfg.at(done)
+        try:
+            corpora[done] = corpus if then.data == cfg.data else corpus.of(then.data, say)
+            corpora[done].check_heldout(then.train.batch, then.train.eval_batches)
+            if done == start or then.mesh.suits(devices):
+                check_fits(then, make_mesh(then.mesh))
+            else:
+                say(f"after step {done} comes a mesh of other than the {devices} devices here: there this run ends, to "
+                    "go on by the same command where they are")  # fmt: skip
+        except ValueError as error:
+            raise error if done == start else ValueError(f"after step {done}: {error}") from error
+        done = cfg.stage_end(done)
+    return corpora
+
+
+def _describe(stage: _Stage, folder: epath.Path, newest: int | None, changes: list[str]) -> Iterator[str]:
+    for name, learner in stage.cfg.learners.items():
+        total = sum(x.size for x in jax.tree.leaves(stage.state.learners[name].params))
         active = active_matmul_parameters(learner.model)
         yield f"{name}: {total:,} parameters, {active:,} of them multiplied with each token"
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
-    yield f"mesh: {axes} ({mesh.devices.flat[0].device_kind}); {cfg.train.batch} rows of {cfg.train.seq_len} a step"
-    origin = f"going on after step {newest} in {folder}" if newest is not None else f"a new run in {folder}"
+    yield _where(stage)
+    new = f"a new run in {folder}" + (f", going on after {stage.cfg.fork}" if stage.cfg.fork else "")
+    origin = f"going on after step {newest} in {folder}" if newest is not None else new
     yield "; ".join([origin, *changes])
+
+
+def _where(stage: _Stage) -> str:
+    mesh, train = stage.mesh, stage.cfg.train
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+    return f"mesh: {axes} ({mesh.devices.flat[0].device_kind}); {train.batch} rows of {train.seq_len} a step"
 
 
 # --- During the steps
@@ -275,11 +358,11 @@ class _HeldOut:
 class _Reporter:
     """Holds a step's metrics on the devices until the next step is under way, then fetches and writes them."""
 
-    def __init__(
-        self, cfg: RunConfig, mesh: Mesh, domains: tuple[str, ...], console: Console, writers: Writers | None
-    ):  # fmt: skip
-        self.cfg, self.domains, self.console, self.writers = cfg, domains, console, writers
-        self._throughput = Throughput(cfg, mesh)
+    def __init__(self, stage: _Stage, console: Console, writers: Writers | None):
+        self.cfg, self.domains, self.console, self.writers = stage.cfg, stage.domains, console, writers
+        self.tokens_seen = stage.tokens_seen  # valid ones, of all steps that are finished
+        self._last = stage.stop
+        self._throughput = Throughput(stage.cfg, stage.mesh)
         self._pending: tuple[int, Any, float] | None = None
         self._compiled = False
 
@@ -299,17 +382,19 @@ class _Reporter:
                     f"step {step}: {name}'s gradient norm is {of['grad_norm']}, so its weights are lost; the newest "
                     f"checkpoint is from before. Lower its learning rate, or look at the data of this step"
                 )
+        tokens = int(next(iter(values.values()))["sums"].tokens)  # those of the batch: learners see the same
+        self.tokens_seen += tokens
         if self._compiled:
-            self._throughput.add(float(next(iter(values.values()))["sums"].tokens), wait)
+            self._throughput.add(float(tokens), wait)
         else:  # the first step's time was the compiler's
             self._throughput.restart()
             self._compiled = True
         self.console.advance(step)
-        due = step == 1 or step == self.cfg.train.steps or step % self.cfg.train.log_every == 0
+        due = step == 1 or step == self._last or step % self.cfg.train.log_every == 0
         rates = self._throughput.report() if due or held_out else {}
         evaluation = held_out() if held_out else {}
         if self.writers and (due or evaluation):
-            record = {**scalars(values, self.cfg, self.domains), **rates, **evaluation}
+            record = {**scalars(values, self.cfg, self.domains), "tokens_seen": self.tokens_seen, **rates, **evaluation}
             self.writers.write(step, record)
             self.console.report(step, record)
         if self.writers and held_out:  # a checkpoint may follow: the file must have what came before it

@@ -24,14 +24,14 @@ from training.config import OptimizerConfig
 def learning_rate(cfg: OptimizerConfig, steps: int) -> Callable[..., jax.Array]:
     """Rate at each step: linear warm-up, the peak held, a linear fall over the last `decay` share of the steps.
 
-    Of the first step it is peak/warmup, not 0, so that no step is lost; `final` is where the fall would come to after
-    the last step.
+    Steps are counted from 0, those of the schedule from `cfg.start` to `steps`. Of its first one the rate is
+    peak/warmup, not 0, so that no step is lost; `final` is where the fall would come to after the last step.
     """
-    warmup = min(cfg.warmup, steps)
+    warmup = min(cfg.warmup, steps - cfg.start)
     start = cfg.fall_start(steps)
 
     def schedule(step):
-        rise = (step + 1) / max(warmup, 1)
+        rise = (step - cfg.start + 1) / max(warmup, 1)
         fall = 1 - (1 - cfg.final) * (step - start) / max(steps - start, 1)
         return cfg.learning_rate * jnp.minimum(jnp.minimum(rise, 1.0), jnp.clip(fall, cfg.final, 1.0))
 

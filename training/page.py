@@ -100,3 +100,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], text: bool = Fals
     )
     kind = ' class="text"' if text else ""
     return f"<table{kind}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def short(n: int | float) -> str:
+    """A count in a few characters: 1.23M."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.0f}"

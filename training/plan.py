@@ -111,9 +111,10 @@ def _traffic(program: Program) -> list[dict[str, Any]]:
 
 
 def _run(cfg: RunConfig, roof: Roofline, chips_used: int) -> dict[str, float]:
-    tokens = cfg.train.batch * cfg.train.seq_len * cfg.train.steps
-    days = cfg.train.steps * roof.step / 86400
-    return dict(steps=cfg.train.steps, tokens=tokens, days=days, chip_hours=24 * days * chips_used)
+    steps = cfg.train.steps - max(learner.optimizer.start for learner in cfg.learners.values() if learner.optimizer)
+    days = steps * roof.step / 86400
+    tokens = cfg.train.batch * cfg.train.seq_len * steps
+    return dict(steps=steps, tokens=tokens, days=days, chip_hours=24 * days * chips_used)
 
 
 # --- What holds the peak, and what would lower it

@@ -10,7 +10,7 @@ import difflib
 import html
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +22,9 @@ from llama4_jax.config import ModelConfig, Rope
 from training import figures
 from training.figures import Line
 from training.metrics import FILE, read
-from training.page import card, figure_card, note, page, section, table
+from training.page import card, figure_card, note, page, section, short, table
 
-SHARED = ("tokens_per_second", "seconds_per_step", "data_wait", "tflops", "mfu")
+SHARED = ("tokens_seen", "tokens_per_second", "seconds_per_step", "data_wait", "tflops", "mfu")
 """Keys of a record that belong to the run, not to one of its learners."""
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 24, 2000
 ALL = "all"  # the row of a mean over every domain
@@ -188,7 +188,7 @@ def _summary(found: Sequence[Entry]) -> list[str]:
         taught = f", taught by {_listed(teachers)}," if teachers else ""
         of = f" of {run.train('steps'):,}" if run.train("steps") else ""
         tokens = _tokens(run)
-        seen = f" and about {_short(tokens)} tokens{' each' * (len(trained) > 1)}" if math.isfinite(tokens) else ""
+        seen = f" and {short(tokens)} tokens{' each' * (len(trained) > 1)}" if math.isfinite(tokens) else ""
         out.append(
             f"{run.name} trained {_listed(trained)}{taught} for {run.step:,}{of} step{'s' * (run.step != 1)}{seen}."
         )
@@ -212,9 +212,18 @@ def _reference(entry: Entry, found: Sequence[Entry]) -> Entry | None:
 
 
 def _tokens(run: Run) -> float:
-    """Valid tokens that each learner saw: the mean over the recorded steps, times the steps."""
-    seen = [values for name in run.learners for values in [run.series(name, "tokens")[1]] if np.isfinite(values).any()]
-    return float(np.nanmean(seen[0])) * run.step if seen else math.nan
+    """Valid tokens that each learner saw, those before a fork included."""
+    return run.last(next(iter(run.learners)), "tokens_seen")
+
+
+def _staged(run: Run, of: Callable[[Mapping[str, Any]], str]) -> str:
+    """What the run begins with, which is `of` no stage, and what its stages have otherwise."""
+    later = [(stage["after"], of(stage)) for stage in run.config.get("stages") or ()]
+    return "; ".join([of({}), *(f"after step {n:,} {text}" for n, text in later if text != of({}))])
+
+
+def _rows(run: Run) -> str:
+    return _staged(run, lambda s: " × ".join(str(s.get(x) or run.train(x) or "–") for x in ("batch", "seq_len")))
 
 
 def _mesh(sizes: Mapping[str, int]) -> str:
@@ -406,17 +415,18 @@ def _models(found: Sequence[Entry]) -> str:
         cfg = e.run.learners[e.learner]
         model, counts = cfg.get("model") or {}, _parameters(cfg.get("model"))
         experts = f"{model.get('experts_per_token', '–')} of {model.get('num_experts', '–')}" if model else "–"
-        rows.append([_named(e), html.escape(e.run.role(e.learner)), *(_short(n) if n else "–" for n in counts),
+        rows.append([_named(e), html.escape(e.run.role(e.learner)), *(short(n) if n else "–" for n in counts),
                      *(html.escape(str(x)) for x in (model.get("num_layers", "–"), model.get("embed_dim", "–"), experts,
                                                      cfg.get("init") or "random"))])  # fmt: skip
     heads = ["learner", "role", "parameters", "active", "layers", "width", "experts", "weights from"]
     runs = list(dict.fromkeys(e.run for e in found))
     facts = {"folder": lambda run: run.folder, "preset": lambda run: run.config.get("name"),
              "steps": lambda run: f"{run.step:,}" + (f" of {run.train('steps'):,}" if run.train("steps") else ""),
-             "tokens a learner": lambda run: f"about {_short(_tokens(run))}" if _tokens(run) > 0 else None,
-             "batch": lambda run: f"{run.train('batch')} × {run.train('seq_len')}" if run.train("batch") else None,
-             "mesh": lambda run: _mesh(run.config["mesh"]) if run.config.get("mesh") else None,
-             "seed": lambda run: run.train("seed"), "documents": _documents}  # fmt: skip
+             "tokens a learner": lambda run: short(_tokens(run)) if _tokens(run) > 0 else None,
+             "batch": _rows, "seed": lambda run: run.train("seed"), "documents": _documents,
+             "mesh": lambda run: _staged(run, lambda s: _mesh(s.get("mesh") or run.config["mesh"]))
+                                 if run.config.get("mesh") else None,
+             "from": lambda run: run.config.get("fork")}  # fmt: skip
     told = [[name, *(html.escape(_text(of(run))) for run in runs)] for name, of in facts.items()]
     table_of_runs = table(["run", *(html.escape(run.name) for run in runs)], told, text=True)
     missing = [run.name for run in runs if not run.config]
@@ -483,13 +493,6 @@ def _difference(value: float, first: float | None) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
-
-
-def _short(n: int | float) -> str:
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:.0f}"
 
 
 def _text(value: Any) -> str:

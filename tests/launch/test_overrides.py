@@ -85,6 +85,14 @@ def test_models_follow_the_size_of_the_tokenizer_trained_here():
         overrides.check_vocabulary(cfg, 202_048)
 
 
+def test_stages_are_reached_by_their_numbers():
+    line = "--stages.0.after 7 --stages.0.seq-len 1024 --stages.0.mesh.context 2 --stages.0.schedule.peak 0.5"
+    cfg = apply(f"{line} --stages.0.weights code 1 --train.steps 9", configs.find("pretrain:tiny_long"))
+    (stage,) = cfg.stages
+    assert (stage.after, stage.seq_len, stage.mesh.context, stage.schedule.peak) == (7, 1024, 2, 0.5)
+    assert stage.batch == 2 and stage.weights == {"code": 1.0} and cfg.at(7).train.seq_len == 1024
+
+
 def test_several_learners_need_their_names():
     cfg = apply("--learners.student.model.num-layers 8", two_learners())
     assert (cfg.learners["teacher"].model.num_layers, cfg.learners["student"].model.num_layers) == (4, 8)

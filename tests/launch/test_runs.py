@@ -70,6 +70,27 @@ def test_train_go_on_export_import(train: str, capsys):
     assert Path("again", name).read_bytes() == Path("hf", name).read_bytes()
 
 
+def test_from_another_run(train: str, capsys):
+    """With nothing changed it goes on as its source did; a mistake names what there is."""
+    source = output(train.replace("--train.steps 2", "--train.steps 4"), capsys)
+    forked = output("train --from run@2 --out forked", capsys)  # as the run was
+    assert forked["metrics"]["loss"] == source["metrics"]["loss"] and forked["metrics"]["step"] == 4
+    assert output("train forked", capsys)["complete"]
+    longer = output(f"{train.replace('--out run', '--out longer')} --from run --train.steps 5", capsys)
+    assert longer["step"] == 5 and json.loads(Path("longer/config.json").read_text())["fork"] == "run@4"
+
+    assert "no checkpoint of step 3 in run/checkpoints; there are: [2, 4]" in error(
+        "train --from run@3 --out x", capsys
+    )
+    assert "no checkpoints in rum; the nearest run is run" in error("train --from rum@2 --out x", capsys)
+    assert "begins another run: give its folder, --out DIR" in error("train --from run@2", capsys)
+    assert "was trained with fork = 'run@2', not 'run@4'" in error("train --from run@4 --out forked", capsys)
+    assert "run@4 is at or behind the end" in error("train --from run --out x", capsys)
+    wide = error("train --from run@2 --out x --model.embed-dim 64", capsys)
+    assert "run@2 holds other arrays" in wide and "learners.scout.model.embed_dim: 32 -> 64" in wide
+    assert not Path("x").exists()
+
+
 def data(train: str) -> str:
     return f"--data.jsonl {train.split()[5]} --data.heldout 0.2 --train.batch 8 --train.seq-len 32 --train.steps 2"
 

@@ -167,7 +167,7 @@ def test_what_may_change_between_starts(make_run):
     old = run_record(cfg, HASH)
 
     def check(new: RunConfig, tokenizer: str = HASH) -> list[str]:
-        return check_resumable(old, run_record(new, tokenizer), "runs/test")
+        return check_resumable(old, run_record(new, tokenizer), "runs/test", 3)
 
     scout: Learner = cfg.learners["scout"]
     assert check(cfg) == []

@@ -15,7 +15,7 @@ import pytest
 from data.config import DataConfig
 from llama4_jax.config import tiny_behemoth, tiny_maverick, tiny_scout
 from training import figures, report
-from training.config import Distillation, Learner, MeshConfig, RunConfig, TrainConfig
+from training.config import Distillation, Learner, MeshConfig, RunConfig, Schedule, Stage, TrainConfig
 
 DOMAINS = ("wiki", "code", "prose")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -48,7 +48,11 @@ def write_run(folder: Path, cfg: RunConfig, ends: dict[str, float]) -> Path:
     lines = []
     for step in range(10, cfg.train.steps + 1, 10):
         record = {"step": step, "time": 1.7e9 + step, "seconds_per_step": 0.4, "tflops": 0.01}
-        record |= {"tokens_per_second": 9800 + 300 * rng.normal(), "data_wait": 0.01 + 0.005 * rng.random()}
+        record |= {
+            "tokens_seen": 3900 * step,
+            "tokens_per_second": 9800 + 300 * rng.normal(),
+            "data_wait": 0.01 + 0.005 * rng.random(),
+        }
         for name, end in ends.items():
             learner = cfg.learners[name]
             moe = tuple(
@@ -156,6 +160,21 @@ def test_a_codistillation_shows_everything(runs):
     assert page.counts["figure"] == 2 + 2 + 2 + heat_maps + 1 + 2 + 2
     for nothing in ("Not recorded", "not recorded", "No "):
         assert nothing not in page.text
+
+
+def test_stages_and_forks_are_told(tmp_path):
+    long = Stage(400, batch=2, seq_len=2048, mesh=MeshConfig(context=4))
+    cfg = RunConfig("pretrain:tiny", {"scout": Learner(tiny_scout())}, train=TrainConfig(steps=600, seq_len=512),
+                    stages=(long, Stage(500, schedule=Schedule())), fork="runs/short@100")  # fmt: skip
+    folder = write_run(tmp_path / "run", cfg, {"scout": 3.0})
+    records = rows(folder)
+    records[-1]["tokens_seen"] = 1_234_567  # counted, whatever a record's own tokens are
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    text = built(folder).text
+    for words in ("8 × 512; after step 400 2 × 2048", "after step 400 context 4, fsdp over the remaining devices",
+                  "runs/short@100", "600 of 600 steps and 1.23M tokens."):  # fmt: skip
+        assert words in text, words
+    assert "after step 500" not in text, "whose rows and mesh are the run's"
 
 
 def test_parameters_are_those_of_the_tree(runs):

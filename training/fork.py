@@ -1,0 +1,85 @@
+"""A run that begins from another's checkpoint, RUN@STEP: with its weights, optimizers, step and place in the data.
+
+The fork may have other data, rows, rates or devices; what it may not have is other arrays. Weights alone, at step 0 and
+for a learner among others, are what a learner's `init` takes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from etils import epath
+
+from training.checkpoint import Checkpoints, config_from_json, flat, named_leaves, run_record
+from training.config import RunConfig
+from training.state import init_state
+
+
+def find(source: str, into: str = "") -> str:
+    """RUN@STEP of a checkpoint that is there, for a RUN alone its newest; else a line with the nearest that is there.
+
+    `into` is the new run's folder: where it has begun from this RUN already, RUN alone means the same step again.
+    """
+    run, at, step = source.rpartition("@")
+    if not at or epath.Path(source).exists():
+        run, step = source, ""
+    elif not step.isdecimal():
+        raise ValueError(f"--from takes RUN or RUN@STEP, a step being a whole number, not {source!r}")
+    begun = epath.Path(into) / "config.json"
+    before = json.loads(begun.read_text()).get("fork", "") if into and begun.exists() else ""
+    if not step and before.rpartition("@")[0] == run:
+        return before
+    if not (epath.Path(run) / "checkpoints").exists():
+        raise FileNotFoundError(f"--from {source}: no checkpoints in {run}{_nearest(epath.Path(run))}")
+    with Checkpoints(run) as checkpoints:
+        return f"{run}@{checkpoints.find(int(step) if step else None)}"
+
+
+def parts(fork: str) -> tuple[str, int]:
+    """(RUN, STEP) of RUN@STEP."""
+    run, _, step = fork.rpartition("@")
+    return run, int(step)
+
+
+def differences(cfg: RunConfig, record: Mapping[str, Any], tokenizer: str) -> list[str]:
+    """Lines `field: there -> here` about a fork and the checkpoint with this record; ValueError, naming the fields,
+    where their arrays or tokenizers differ."""
+    if record["tokenizer"] != tokenizer:
+        file = f"{parts(cfg.fork)[0]}/tokenizer.model"
+        raise ValueError(f"{cfg.fork} has another tokenizer than this run: give --data.tokenizer {file}")
+    source = config_from_json(record["config"])
+    if list(source.learners) != list(cfg.learners):
+        raise ValueError(
+            f"{cfg.fork} has the learners {', '.join(source.learners)}, this run {', '.join(cfg.learners)}: for "
+            f"weights alone give a learner's init, run:{parts(cfg.fork)[0]}"
+        )
+    there, here = flat(record["config"]), flat(run_record(cfg, tokenizer)["config"])
+    changed = {
+        field: f"{there.get(field, 'absent')} -> {here.get(field, 'absent')}"
+        for field in sorted({*there, *here} - {"name", "out", "fork"})
+        if there.get(field, "absent") != here.get(field, "absent")
+    }
+    if _shapes(source) != _shapes(cfg):
+        shaping = (".model.", ".optimizer.kind", ".optimizer.moment_dtype")
+        fields = [f"{f}: {c}" for f, c in changed.items() if any(part in f for part in shaping)]
+        fields = fields or [f"{f}: {c}" for f, c in changed.items() if f.endswith(".optimizer")]  # frozen or not
+        raise ValueError(f"{cfg.fork} holds other arrays than this run needs; what differs: {'; '.join(fields)}")
+    return [f"{field}: {change}" for field, change in changed.items()]
+
+
+def _shapes(cfg: RunConfig) -> dict[str, Any]:
+    leaves = named_leaves(jax.eval_shape(partial(init_state, cfg)))
+    return {name: [(x.shape, x.dtype) for x in jax.tree.leaves(leaf)] for name, leaf in leaves.items()}
+
+
+def _nearest(run: epath.Path) -> str:
+    """Of the runs beside the one that was named, the one named most like it."""
+    beside = run.parent
+    runs = [str(f) for f in beside.iterdir() if (f / "checkpoints").exists()] if beside.is_dir() else []
+    near = difflib.get_close_matches(str(run), sorted(runs), n=1, cutoff=0)
+    return f"; the nearest run is {near[0]}" if near else ""
