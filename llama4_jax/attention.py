@@ -44,16 +44,16 @@ class Attention(nnx.Module):
         self.wo_NHD = param(rngs, (N, H, D), ("heads", None, "embed"), std / np.sqrt(2 * cfg.num_layers))
 
     def project(
-        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]
+        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], execution: Execution
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries, keys and values, positions applied; what a key/value cache stores."""
-        return self._place(self._heads(x_BTD), positions_BT, self.local)
+        return self._place(self._heads(x_BTD, execution), positions_BT, self.local)
 
-    def _heads(self, x_BTD) -> Heads:
+    def _heads(self, x_BTD, execution: Execution) -> Heads:
         return (
-            jnp.einsum("BTD,DNH->BTNH", x_BTD, self.wq_DNH[...]),
-            jnp.einsum("BTD,DKH->BTKH", x_BTD, self.wk_DKH[...]),
-            jnp.einsum("BTD,DKH->BTKH", x_BTD, self.wv_DKH[...]),
+            execution.einsum("BTD,DNH->BTNH", x_BTD, self.wq_DNH[...]),
+            execution.einsum("BTD,DKH->BTKH", x_BTD, self.wk_DKH[...]),
+            execution.einsum("BTD,DKH->BTKH", x_BTD, self.wv_DKH[...]),
         )
 
     def _place(self, heads: Heads, positions_BT, local: bool) -> Heads:
@@ -68,9 +68,9 @@ class Attention(nnx.Module):
             q_BTNH = (q_BTNH * scale_BT[:, :, None, None]).astype(q_BTNH.dtype)
         return q_BTNH, k_BTKH, v_BTKH
 
-    def output(self, out_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    def output(self, out_BTNH: Float[Array, "B T N H"], execution: Execution) -> Float[Array, "B T D"]:
         """Heads back into the residual stream: this device's share over the tensor axis."""
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.wo_NHD[...])
+        return execution.einsum("BTNH,NHD->BTD", out_BTNH, self.wo_NHD[...])
 
     def __call__(
         self,
@@ -87,9 +87,9 @@ class Attention(nnx.Module):
                 placed = self._place(heads, positions_BT, as_local)
                 return self._attend(placed, segment_ids_BT, execution, as_local)
 
-        heads = self._heads(x_BTD)
+        heads = self._heads(x_BTD, execution)
         if local is None:
-            return self.output(attend(self.local, heads))
+            return self.output(attend(self.local, heads), execution)
         if axis_size(CONTEXT) == 1 and x_BTD.shape[1] <= self.cfg.chunk:  # a row is a chunk: one kernel serves both
             with jax.named_scope("attention"):
                 placed = jax.lax.cond(
@@ -97,8 +97,9 @@ class Attention(nnx.Module):
                     *(partial(self._place, positions_BT=positions_BT, local=kind) for kind in (True, False)),
                     heads,
                 )
-                return self.output(self._attend(placed, segment_ids_BT, execution, local=True))
-        return self.output(jax.lax.cond(local, partial(attend, True), partial(attend, False), heads))
+                return self.output(self._attend(placed, segment_ids_BT, execution, local=True), execution)
+        out_BTNH = jax.lax.cond(local, partial(attend, True), partial(attend, False), heads)
+        return self.output(out_BTNH, execution)
 
     def attend(
         self,

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llama4_jax.axes import TENSOR, axis_index, param, psum
+from llama4_jax.axes import TENSOR, Execution, axis_index, param, psum
 from llama4_jax.config import ModelConfig, Rope
 
 
@@ -67,8 +67,10 @@ class SwiGLU(nnx.Module):
         self.wi_up_DF = param(rngs, (D, ffn_dim), ("embed", "ffn"), std)
         self.wo_FD = param(rngs, (ffn_dim, D), ("ffn", "embed"), std / np.sqrt(2 * cfg.num_layers))
 
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        return (jax.nn.silu(x @ self.wi_gate_DF[...]) * (x @ self.wi_up_DF[...])) @ self.wo_FD[...]
+    def __call__(self, x: Float[Array, "*rows D"], execution: Execution) -> Float[Array, "*rows D"]:
+        gate = jax.nn.silu(execution.einsum("...D,DF->...F", x, self.wi_gate_DF[...]))
+        up = execution.einsum("...D,DF->...F", x, self.wi_up_DF[...])
+        return execution.einsum("...F,FD->...D", gate * up, self.wo_FD[...])
 
 
 class Embedding(nnx.Module):

@@ -51,7 +51,7 @@ class Layer(nnx.Module):
         """Shares over the tensor axis, and the router's statistics where there is one."""
         if isinstance(self.ffn, MoE):
             return self.ffn(x_BTD, (segment_ids_BT > 0).astype(jnp.float32), execution)
-        return self.ffn(x_BTD), None
+        return self.ffn(x_BTD, execution), None
 
 
 class Block(nnx.Module):
