@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, run = _parse(argv)
         return run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         if not _is_input(error):
             raise
         print(f"llama4: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -102,12 +102,15 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Callable[[argparse.Name
 
 
 def _is_input(error: Exception) -> bool:
-    """Whether the error speaks of what the user gave: a missing file, or a ValueError raised by this project's code.
+    """Whether the error speaks of what the user gave: a missing file, or a ValueError raised by this project's code, or
+    its ImportError, which says what to install for what was asked.
 
     A ValueError out of a library is unforeseen, and its traceback is worth more than one line.
     """
     if isinstance(error, FileNotFoundError):
         return True
+    if isinstance(error, ModuleNotFoundError):  # a broken installation: which import it was is worth knowing
+        return False
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     ours = Path(__file__).resolve().parent.parent
     packages = ("launch", "configs", "training", "data", "llama4_jax")

@@ -44,15 +44,15 @@ class Attention(nnx.Module):
         self.wo_NHD = param(rngs, (N, H, D), ("heads", None, "embed"), std / np.sqrt(2 * cfg.num_layers))
 
     def project(
-        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]
+        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], execution: Execution
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries, keys and values, positions applied; what a key/value cache stores."""
-        return self._place(self._heads(x_BTD), positions_BT, self.local)
+        return self._place(self._heads(x_BTD, execution), positions_BT, self.local)
 
     @jax.named_scope("projections")
-    def _heads(self, x_BTD) -> Heads:
+    def _heads(self, x_BTD, execution: Execution) -> Heads:
         weights = self.wq_DNH[...], self.wk_DKH[...], self.wv_DKH[...]
-        heads = jnp.einsum("BTD,DNH->BTNH", x_BTD, jnp.concatenate(weights, axis=1))  # one matmul for the three
+        heads = execution.einsum("BTD,DNH->BTNH", x_BTD, jnp.concatenate(weights, axis=1))  # one matmul for the three
         N, K = (w.shape[1] for w in weights[:2])
         return heads[:, :, :N], heads[:, :, N : N + K], heads[:, :, N + K :]
 
@@ -69,9 +69,9 @@ class Attention(nnx.Module):
         return q_BTNH, k_BTKH, v_BTKH
 
     @jax.named_scope("projections")
-    def output(self, out_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    def output(self, out_BTNH: Float[Array, "B T N H"], execution: Execution) -> Float[Array, "B T D"]:
         """Heads back into the residual stream: this device's share over the tensor axis."""
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.wo_NHD[...])
+        return execution.einsum("BTNH,NHD->BTD", out_BTNH, self.wo_NHD[...])
 
     def __call__(
         self,
@@ -88,9 +88,9 @@ class Attention(nnx.Module):
                 placed = self._place(heads, positions_BT, as_local)
                 return self._attend(placed, segment_ids_BT, execution, as_local)
 
-        heads = self._heads(x_BTD)
+        heads = self._heads(x_BTD, execution)
         if local is None:
-            return self.output(attend(self.local, heads))
+            return self.output(attend(self.local, heads), execution)
         if axis_size(CONTEXT) == 1 and x_BTD.shape[1] <= self.cfg.chunk:  # a row is a chunk: one kernel serves both
             with jax.named_scope("attention"):
                 placed = jax.lax.cond(
@@ -99,8 +99,9 @@ class Attention(nnx.Module):
                     heads,
                 )
                 out_BTNH = self._attend(placed, segment_ids_BT, execution, local=True)
-            return self.output(out_BTNH)
-        return self.output(jax.lax.cond(local, partial(attend, True), partial(attend, False), heads))
+        else:
+            out_BTNH = jax.lax.cond(local, partial(attend, True), partial(attend, False), heads)
+        return self.output(out_BTNH, execution)
 
     def attend(
         self,

@@ -29,6 +29,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from llama4_jax import quant
+
 REPLICA, FSDP, EXPERT, CONTEXT, TENSOR = MESH_AXES = ("replica", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = (REPLICA, FSDP, EXPERT)  # the batch dimension of activations is split over these
 TOKEN_AXES = (*BATCH_AXES, CONTEXT)  # and the tokens over these: B over the batch axes, T over context
@@ -137,10 +139,20 @@ class Execution:
     in buffers of `capacity` an expert (`all_to_all`) or of `capacity` a device (`ragged_all_to_all`)."""
     capacity: float = 1.25
     """Room for routed tokens under `all_to_all` and `ragged_all_to_all`, times what a balanced router would need."""
+    quant: quant.Quant = "none"
+    """Eight bits in the matmuls of projections, SwiGLU and experts (`llama4_jax/quant.py`); the embedding, attention's
+    scores and values, the router and the head are not quantised."""
     platform: Literal["cpu", "tpu", "gpu"] = "cpu"
     """What the program is compiled for."""
     rules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: RULES)
     """Logical axis -> mesh axes it is stored over."""
+
+    def __post_init__(self):
+        quant.check_grouped(self.quant, self.dispatch, self.grouped_matmul)
+
+    def einsum(self, spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        """Activations with a weight, in eight bits where `quant` says so."""
+        return quant.einsum(spec, x, w, self.quant)
 
     def stored_over(self, axes: tuple[str | None, ...], ndim: int) -> list[tuple[str, ...]]:
         """Mesh axes of each dimension of a weight; leading stacked dimensions are not split."""

@@ -43,7 +43,7 @@ def fsdp(
     experts: ExpertsFn, x_QD: Float[Array, "Q D"], expert_Q: Int[Array, "Q"], num_experts: int, execution: Execution
 ) -> tuple[Float[Array, "Q D"], Bool[Array, "Q"]]:
     """All experts are here: sort by expert, each group padded to what the kernel takes, and back."""
-    backend = execution.grouped_matmul
+    backend, einsum = execution.grouped_matmul, None if execution.quant == "none" else execution.einsum
     Q, multiple = x_QD.shape[0], group_multiple(backend)
     rank_Q, count_E = _rank(expert_Q, num_experts)
     padded_E = -(-count_E // multiple) * multiple
@@ -54,7 +54,7 @@ def fsdp(
     slot_Q = jnp.where(served_Q, start_E[jnp.minimum(expert_Q, num_experts - 1)] + rank_Q, slots)
     pair_S = jnp.full(slots, Q, jnp.int32).at[slot_Q].set(jnp.arange(Q, dtype=jnp.int32), mode="drop")
     x_SD = _move(x_QD, pair_S, slot_Q)  # the empty slots hold zeros
-    y_SD = experts(x_SD, lambda x_SD, w_EDF: grouped_matmul(x_SD, w_EDF, padded_E, backend))
+    y_SD = experts(x_SD, lambda x_SD, w_EDF: grouped_matmul(x_SD, w_EDF, padded_E, backend, einsum))
     return _move(y_SD, slot_Q, pair_S), served_Q
 
 
@@ -69,7 +69,7 @@ def all_to_all(
     slot_Q = jnp.where(served_Q, expert_Q * C + rank_Q, E * C)
     pair_S = jnp.full(E * C, Q, jnp.int32).at[slot_Q].set(jnp.arange(Q, dtype=jnp.int32), mode="drop")
     x_ECD = _exchange(_move(x_QD, pair_S, slot_Q).reshape(E, C, -1), split=0, concat=1)
-    y_ECD = experts(x_ECD, lambda x_ECD, w_EDF: jnp.einsum("ECD,EDF->ECF", x_ECD, w_EDF))
+    y_ECD = experts(x_ECD, lambda x_ECD, w_EDF: execution.einsum("ECD,EDF->ECF", x_ECD, w_EDF))
     y_SD = _exchange(y_ECD, split=1, concat=0).reshape(E * C, -1)
     return _move(y_SD, slot_Q, pair_S), served_Q
 

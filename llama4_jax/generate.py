@@ -75,9 +75,9 @@ def _forward(
         block, stored = numbered
         updated = []
         for layer, cache in zip(nnx.merge(graphdef, stored).layers, caches, strict=True):
-            q_BTNH, k_BTKH, v_BTKH = layer.attention.project(layer.attention_norm(x_BTD), positions_BT)
+            q_BTNH, k_BTKH, v_BTKH = layer.attention.project(layer.attention_norm(x_BTD), positions_BT, PORTABLE)
             out_BTNH, cache = attend(layer.attention, q_BTNH, k_BTKH, v_BTKH, cache, block)
-            x_BTD += layer.attention.output(out_BTNH)
+            x_BTD += layer.attention.output(out_BTNH, PORTABLE)
             x_BTD += layer.feed_forward(layer.ffn_norm(x_BTD), segment_ids_BT, PORTABLE)[0]
             updated.append(cache)
         return (x_BTD, tuple(updated)), None

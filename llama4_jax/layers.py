@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llama4_jax.axes import EXPERT, TENSOR, VOCAB_AXES, all_gather, axis_index, param, psum, psum_scatter
+from llama4_jax.axes import EXPERT, TENSOR, VOCAB_AXES, Execution, all_gather, axis_index, param, psum, psum_scatter
 from llama4_jax.config import ModelConfig, Rope
 
 
@@ -75,8 +76,9 @@ class SwiGLU(nnx.Module):
         self.wi_up_DF = param(rngs, (D, ffn_dim), ("embed", "ffn"), std)
         self.wo_FD = param(rngs, (ffn_dim, D), ("ffn", "embed"), std / np.sqrt(2 * cfg.num_layers))
 
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        return swiglu(jnp.matmul, x, self.wi_gate_DF[...], self.wi_up_DF[...], self.wo_FD[...])
+    def __call__(self, x: Float[Array, "*rows D"], execution: Execution) -> Float[Array, "*rows D"]:
+        matmul = partial(execution.einsum, "...D,DF->...F")
+        return swiglu(matmul, x, self.wi_gate_DF[...], self.wi_up_DF[...], self.wo_FD[...])
 
 
 class Embedding(nnx.Module):

@@ -104,7 +104,7 @@ class MoE(nnx.Module):
             )
             y_RD = y_QD.reshape(gated_RAD.shape).sum(axis=1)
         with jax.named_scope("shared_expert"):
-            y_RD += self.shared(x_RD)
+            y_RD += self.shared(x_RD, execution)
         return y_RD.reshape(x_BTD.shape), _statistics(logits_RE, chosen_RA, valid_BT.reshape(-1), served_Q)
 
 

@@ -52,7 +52,7 @@ class Layer(nnx.Module):
         if isinstance(self.ffn, MoE):
             return self.ffn(x_BTD, (segment_ids_BT > 0).astype(jnp.float32), execution)
         with jax.named_scope("dense"):
-            return self.ffn(x_BTD), None
+            return self.ffn(x_BTD, execution), None
 
 
 class Block(nnx.Module):

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama4_jax.axes import Execution
 from llama4_jax.config import ModelConfig
+from llama4_jax.quant import check_device
 from llama4_jax.text import Transformer, abstract
 from training.config import Learner, OptimizerConfig, RunConfig
 from training.mesh import deals_heads, shardings
@@ -48,7 +49,8 @@ BACKENDS = {
 
 
 def execution(learner: Learner, mesh: Mesh) -> Execution:
-    """How the learner runs on the mesh's devices."""
+    """How the learner runs on the mesh's devices; ValueError, in a line, for what they or its backends cannot do."""
+    check_device(learner.quant, mesh.devices.flat[0])
     platform = mesh.devices.flat[0].platform
     platform = "gpu" if platform == "cuda" else platform
     chosen = {
@@ -59,7 +61,7 @@ def execution(learner: Learner, mesh: Mesh) -> Execution:
         chosen["exchange"] = "mirror"
     return Execution(
         learner.compute_dtype, learner.reduce_dtype, learner.remat, learner.offload, **chosen,
-        dispatch=learner.dispatch, capacity=learner.capacity, platform=platform,
+        dispatch=learner.dispatch, capacity=learner.capacity, quant=learner.quant, platform=platform,
     )  # fmt: skip
 
 

@@ -91,6 +91,25 @@ def test_the_unforeseen_keeps_its_traceback(monkeypatch):
         cli.main(["verify", "folder"])
 
 
+def test_what_a_choice_needs_is_named_in_a_line(monkeypatch, capsys):
+    """A package that a kernel or `--quant` wants; a module that is missing by mistake keeps its traceback."""
+    from launch import verify
+    from llama4_jax import quant
+
+    monkeypatch.setitem(sys.modules, "qwix._src.core", None)
+    quant._dot_general.cache_clear()
+    monkeypatch.setattr(verify, "run", lambda args: quant._dot_general("fp8"))
+    assert cli.main(["verify", "folder"]) == 2
+    assert capsys.readouterr().err.endswith("run pip install -e '.[quant]'\n")
+
+    def broken(args):
+        import no_such_module  # noqa: F401  # pyright: ignore
+
+    monkeypatch.setattr(verify, "run", broken)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["verify", "folder"])
+
+
 def test_interrupt_has_its_status(monkeypatch, capsys):
     from launch import verify
 

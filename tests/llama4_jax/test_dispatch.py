@@ -82,7 +82,7 @@ def test_what_finds_no_room_is_counted_and_gives_only_the_shared_experts_output(
     graphdef, state = layer()
     moe = nnx.merge(graphdef, state)
     x_BTD, valid_BT = inputs()
-    alone = moe.shared(x_BTD) * valid_BT[:, :, None]
+    alone = moe.shared(x_BTD, Execution()) * valid_BT[:, :, None]
     differs = np.abs(y - full).max(axis=2) > 1e-4
     assert differs.sum() == dropped > 0
     np.testing.assert_allclose(y[differs], np.asarray(alone)[differs], atol=1e-5)

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from llama4_jax.attention import attention_temperature
+from llama4_jax.axes import Execution
 from llama4_jax.config import Rope, maverick, scout, tiny_scout
 from llama4_jax.layers import Embedding, RMSNorm, SwiGLU, rms_normalise, rope_frequencies, rotate
 
@@ -120,7 +121,7 @@ def test_swiglu_is_its_formula():
     gate, up, down = (np.asarray(w[...], np.float64) for w in (ffn.wi_gate_DF, ffn.wi_up_DF, ffn.wo_FD))
     x64 = np.asarray(x, np.float64)
     z = x64 @ gate
-    np.testing.assert_allclose(ffn(x), (z / (1 + np.exp(-z)) * (x64 @ up)) @ down, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(ffn(x, Execution()), (z / (1 + np.exp(-z)) * (x64 @ up)) @ down, rtol=1e-4, atol=1e-6)
 
 
 def test_embedding_looks_rows_up():
