@@ -7,6 +7,7 @@ documents and a tokenizer of 202,048 tokens or fewer: `--data.jsonl DIR --data.t
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from data.config import DataConfig
 from llama4_jax.config import ModelConfig
@@ -15,7 +16,7 @@ from training.config import Learner, MeshConfig, OptimizerConfig, RunConfig, Tra
 TRILLION = 10**12
 LONG = 262_144
 
-EXPERTS_TRAVEL = dict(dispatch="all_to_all", capacity=1.25)
+EXPERTS_TRAVEL: dict[str, Any] = dict(dispatch="all_to_all", capacity=1.25)
 """Tokens go to the experts over the mesh axis `expert`; capacity as MaxText's and Megatron's usual one, untuned."""
 
 # Peak rate and warm-up of a model of so many active parameters: Llama 3's of 70B and 405B (arXiv 2407.21783, table 3
@@ -33,10 +34,10 @@ DISTILLED_TOKENS = TRILLION
 """Of a student whose teacher is trained already: untuned."""
 
 
-def learner(name: str, model: ModelConfig, **how) -> Learner:
+def learner(name: str, model: ModelConfig, **how: Any) -> Learner:
     """A learner of full size, each layer recomputed from its input."""
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE[name], warmup=WARMUP)
-    return Learner(model, optimizer, **dict(remat="layer") | how)
+    return replace(Learner(model, optimizer, remat="layer"), **how)
 
 
 def run(

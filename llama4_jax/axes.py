@@ -233,7 +233,7 @@ def _gather(weights: list[jax.Array], gathers: tuple[Gathers, ...], dtype, reduc
     such dimension each, over the same mesh axes.
     """
     weights = [w.astype(dtype) for w in weights]
-    if _alike(weights):
+    if _side_by_side(weights, gathers):
         w = jnp.concatenate(weights, axis=-1)
         for dim, axes in gathers[0]:
             w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
@@ -248,8 +248,12 @@ def _gather(weights: list[jax.Array], gathers: tuple[Gathers, ...], dtype, reduc
     ]
 
 
-def _alike(weights: list[jax.Array]) -> bool:
-    return len({w.shape for w in weights}) == 1
+def _side_by_side(weights: list[jax.Array], gathers: tuple[Gathers, ...]) -> bool:
+    """Whether the weights, stored or whole, have one shape, and a last dimension that is not gathered."""
+    if len(weights) == 1:
+        return True
+    alike = len({w.shape for w in weights}) == len(set(gathers)) == 1
+    return alike and all(dim < weights[0].ndim - 1 for dim, _ in gathers[0])
 
 
 def _gather_fwd(weights, gathers, dtype, reduce_dtype):
@@ -258,7 +262,7 @@ def _gather_fwd(weights, gathers, dtype, reduce_dtype):
 
 def _gather_bwd(gathers, dtype, reduce_dtype, _, grads):
     grads = [g.astype(reduce_dtype) for g in grads]
-    if _alike(grads):
+    if _side_by_side(grads, gathers):
         g = jnp.concatenate(grads, axis=-1)
         for dim, axes in reversed(gathers[0]):
             g = jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)

@@ -119,7 +119,7 @@ class Transformer(nnx.Module):
         def run_block(x_BTD, stored):
             x_BTD = checkpoint_name(x_BTD, INPUT) if block_too else x_BTD
             layers, all_stats = list(nnx.merge(graphdef, stored).layers), []
-            for first, last in _neighbours(self.cfg.pattern, execution.remat):
+            for first, last in neighbours(self.cfg.pattern, execution.remat):
                 with jax.named_scope(f"layer_{first}" if first == last else f"layers_{first}_{last}"):
                     part = slice(first, last + 1)
                     x_BTD, stats = run_alike(x_BTD, layers[part], self.cfg.pattern[part])
@@ -154,7 +154,7 @@ def _kept(execution: Execution) -> Callable[..., Any]:
     )  # fmt: skip
 
 
-def _neighbours(pattern: tuple[LayerKind, ...], remat: str) -> list[tuple[int, int]]:
+def neighbours(pattern: tuple[LayerKind, ...], remat: str) -> list[tuple[int, int]]:
     """First and last of each run of layers that may share a loop.
 
     Under remat `layer` and `nested`, those with weights of the same shapes: the loop chooses between both kinds of

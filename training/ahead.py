@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import tempfile
@@ -21,12 +22,22 @@ from training.mesh import BATCH_SPEC
 from training.state import abstract_state
 from training.step import make_train_step
 
+GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+
 
 def no_device_needed() -> None:
     """Say so to jax and libtpu; before jax is first asked for a device, which its plugins would look for."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     jax.config.update("jax_platforms", "cpu")
+
+
+def check_compiler(topology: str) -> None:
+    """ValueError, in a line, where the package that compiles for such devices is not installed."""
+    extra, packages = ("cuda", GPU_PLUGINS) if topology.startswith("h100") else ("tpu", ("libtpu",))
+    if not any(importlib.util.find_spec(name) for name in packages):
+        raise ValueError(f"compiling for {topology} needs {' or '.join(packages)}: pip install -c constraints.txt "
+                         f"-e '.[{extra}]', or take --fast, which compiles nothing")  # fmt: skip
 
 
 def devices_of(topology: str) -> list[Any]:

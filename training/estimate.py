@@ -14,25 +14,48 @@ tokens each. In the house's letters, c and d bytes of the compute and the reduct
     over expert     hidden states to the vocabulary's columns and gradients back, looked-up rows the other way
     over replica    gradients, once
 
-FLOPs are those of `training/flops.py` and what recomputation adds. Tests hold all of it against the count.
+(`again` has a by layer.) FLOPs are those of `training/flops.py` and what recomputation adds. Tests hold all of it
+against the count.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llama4_jax.axes import CONTEXT, EXPERT, FSDP, REPLICA, TENSOR, TOKEN_AXES
+from llama4_jax.config import LayerKind, ModelConfig
+from llama4_jax.text import neighbours
 from training.config import Learner, RunConfig
 from training.flops import ATTENTION, of_step, step_per_token
 from training.memory import layer_weights, stored
 from training.program import Collective, Flops, Program, sends
 from training.state import abstract_state, execution
 
-AGAIN = {"none": 0, "attention": 1, "layer": 1, "block": 1, "nested": 2}
+
+class Again(NamedTuple):
+    """How often a layer is computed again, and of these times how often without its end: the feed-forward part's third
+    product, and what goes back from there, which no layer's own gradients need."""
+
+    times: int
+    endless: int
+
+
+def again(model: ModelConfig, remat: str) -> list[Again]:
+    """Of each layer of a period."""
+    period = len(model.pattern)
+    if remat in ("attention", "layer"):
+        return [Again(1, 1)] * period
+    if remat == "block":
+        return [Again(1, 0)] * (period - 1) + [Again(1, 1)]
+    if remat == "nested":  # a period's last layer is not run to find the others' inputs, unless in a loop with them
+        first, last = neighbours(model.pattern, remat)[-1]
+        return [Again(2, 1)] * (period - 1) + [Again(1 + (first != last), 1)]
+    return [Again(0, 0)] * period
 
 
 def estimate_program(cfg: RunConfig, mesh: Mesh, state: Any = None) -> Program:
@@ -55,21 +78,21 @@ def estimate_program(cfg: RunConfig, mesh: Mesh, state: Any = None) -> Program:
 
 
 def _flops(learner: Learner, mesh: Mesh, part: str, once: float) -> Flops:
-    """Attention's backward pass has five products for four; under `attention` its scores are not computed again.
-
-    What a layer ends with, the third product of a feed-forward part, is not needed again for its own gradients.
-    """
-    run = execution(learner, mesh)
-    forward = once / 3 if learner.optimizer else once
-    again = 0.0
-    if learner.optimizer and part != "head":
-        again = AGAIN[run.remat] * forward
-        if again and part in ("dense", "experts", "shared_expert"):
-            again -= forward / 3 / (len(learner.model.pattern) if run.remat == "block" else 1)
+    """Attention's backward pass has five products for four; under `attention` its scores are not computed again."""
+    run, model = execution(learner, mesh), learner.model
+    has = dict(attention_local="local", attention_global="global", dense="dense", router="moe", experts="moe",
+               shared_expert="moe").get(part)  # fmt: skip
+    of_part = [a for a, kind in zip(again(model, run.remat), model.pattern, strict=True)
+               if has in (None, "local" if kind.local else "global", "moe" if kind.moe else "dense")]  # fmt: skip
+    more = 0.0
+    if learner.optimizer and of_part and part != "head":
+        times, endless = (sum(column) / len(of_part) for column in zip(*of_part, strict=True))
+        more = times - (endless / 3 if part in ("dense", "experts", "shared_expert") else 0)
         if part in ATTENTION:
-            again += forward / 2 - (forward if run.remat == "attention" else 0)
-    room = run.capacity if part == "experts" and run.dispatch == "all_to_all" else 1.0
-    return Flops(room * once, room * again)
+            more += 1 / 2 - (run.remat == "attention")
+    scale = run.capacity if part == "experts" and run.dispatch == "all_to_all" else 1.0
+    scale *= mesh.shape[TENSOR] if part == "router" else 1  # each device of the axis computes it
+    return Flops(scale * once, scale * more * once / (3 if learner.optimizer else 1))
 
 
 class _Traffic:
@@ -83,21 +106,24 @@ class _Traffic:
         self.R = cfg.train.batch * cfg.train.seq_len / ways / self.M
         self.c = jnp.dtype(self.run.compute_dtype).itemsize
         self.d = jnp.dtype(self.run.reduce_dtype).itemsize
-        self.forwards = 1 + (AGAIN[self.run.remat] if self.trains else 0)
-        self.passes = self.M * (self.forwards + self.trains)  # forward and backward ones
-        # No layer computes its own end again (`_flops`), nor sends what that needs or gives.
-        again = self.M if AGAIN[self.run.remat] and self.trains else 0
-        self.twice = 2 * self.passes - again / (len(self.model.pattern) if self.run.remat == "block" else 1)
+        some = again(self.model, self.run.remat) if self.trains else [Again(0, 0)] * len(self.model.pattern)
+        self.layers = list(zip(self.model.pattern, some, strict=True))
+
+    def times(self, of: Callable[[LayerKind, Again], float]) -> float:
+        """Summed over the layers, and microbatches."""
+        return float(self.M * self.model.num_blocks * sum(of(kind, again) for kind, again in self.layers))
 
     def all(self) -> list[Collective]:
         found = [*self.fetches(), *self.experts(), *self.context(), *self.vocabulary()]
         rows = self.c * self.R * self.model.embed_dim
-        found.append(self.one("all_reduce", (TENSOR,), self.twice * self.model.num_layers * rows))
+        sums = self.times(lambda _, again: 2 * (1 + again.times + self.trains) - again.endless)
+        sums += self.M * (1 + self.trains)  # of looked-up rows, and of the gradients of hidden states
+        found.append(self.one("all_reduce", (TENSOR,), sums * rows))
         if self.trains:
-            found.append(self.one("all_reduce", (REPLICA,), self.weights, self.run.reduce_dtype))
+            found.append(self.one("all_reduce", (REPLICA,), self.weights * self.d / 4, self.run.reduce_dtype))
         return [one for one in found if one is not None]
 
-    def one(self, kind: str, axes: tuple[str, ...], operand: float, dtype: str = "") -> Collective | None:
+    def one(self, kind: str, axes: tuple[str, ...], operand: float | int, dtype: str = "") -> Collective | None:
         axes = tuple(axis for axis in axes if self.size[axis] > 1)
         if not axes:
             return None
@@ -108,45 +134,53 @@ class _Traffic:
     def fetches(self):
         model, size, run = self.model, self.size, self.run
         travel = run.dispatch != "fsdp"
-        experts = model.num_moe_layers * 3 * model.embed_dim * model.expert_dim * model.num_experts / size[TENSOR]
-        layers = model.num_blocks * sum(layer_weights(model, run, kind.moe, size) for kind in model.pattern)
-        own = experts / (size[EXPERT] if travel else 1)
-        tables = model.embed_dim * model.vocab_size / size[TENSOR] / size[EXPERT] * (2 if self.trains else 1)
+        own = 3 * model.embed_dim * model.expert_dim * model.num_experts / size[TENSOR]
+        own /= size[EXPERT] if travel else 1
+
+        def experts(kind: LayerKind) -> float:
+            return own if kind.moe else 0.0
+
+        def others(kind: LayerKind) -> float:
+            return layer_weights(model, run, kind.moe, size) - experts(kind)
+
+        def table(kind: LayerKind) -> float:  # spread over the layers, to be added up with them
+            tables = model.embed_dim * model.vocab_size / size[TENSOR] / size[EXPERT]
+            return tables * (2 if self.trains else 1) / model.num_layers
+
         everywhere, without_expert = (FSDP, EXPERT, CONTEXT), (FSDP, CONTEXT)
-        passes = self.M * self.forwards
-        for weights, axes, times in (
-            (layers - own, everywhere, passes),
-            (own, without_expert if travel else everywhere, passes),
-            (tables, without_expert, self.M),
+        for weights, axes, anew in (
+            (others, everywhere, True),
+            (experts, without_expert if travel else everywhere, True),
+            (table, without_expert, False),
         ):
             ways = math.prod(size[axis] for axis in axes)
-            yield self.one("all_gather", axes, times * self.c * weights / ways)
+            fetched = self.times(lambda kind, again, w=weights, a=anew: w(kind) * (1 + a * again.times))
+            yield self.one("all_gather", axes, self.c * fetched / ways)
             if self.trains:
-                yield self.one("reduce_scatter", axes, self.M * self.d * weights, run.reduce_dtype)
+                reduced = self.times(lambda kind, _, w=weights: w(kind))
+                yield self.one("reduce_scatter", axes, self.d * reduced, run.reduce_dtype)
 
     def experts(self):
         model, run = self.model, self.run
         if run.dispatch != "fsdp":
             room = run.capacity if run.dispatch == "all_to_all" else 1.0
             rows = self.c * model.experts_per_token * self.R * room * model.embed_dim
-            times = 2 * self.passes  # there and back; but no layer needs its own end again (`_flops`)
-            if AGAIN[run.remat] and self.trains:
-                times -= self.M / (len(model.pattern) if run.remat == "block" else 1)
-            yield self.one(run.dispatch, (EXPERT,), times * model.num_moe_layers * rows)
+            exchanges = self.times(lambda kind, again: kind.moe * (2 * (1 + again.times + self.trains) - again.endless))
+            yield self.one(run.dispatch, (EXPERT,), exchanges * rows)  # there and back
 
     def context(self):
         model, ways, t = self.model, self.size[CONTEXT], self.size[TENSOR]
-        layers = model.num_blocks * sum(not kind.local for kind in model.pattern)
         queries, keys = (self.c * self.R * n * model.head_dim / t for n in (model.num_heads, model.num_kv_heads))
+        forwards = self.times(lambda kind, again: (not kind.local) * (1 + again.times))
+        backwards = self.times(lambda kind, _: (not kind.local) * self.trains)
         if self.run.exchange == "heads":
             copies = max(1, ways // (model.num_kv_heads // t))
-            yield self.one("all_to_all", (CONTEXT,), self.passes * layers * (2 * queries + 2 * copies * keys))
+            yield self.one("all_to_all", (CONTEXT,), (forwards + backwards) * (2 * queries + 2 * copies * keys))
             return
-        yield self.one("all_gather", (CONTEXT,), self.M * self.forwards * layers * 2 * keys)
-        if self.trains:
-            yield self.one("reduce_scatter", (CONTEXT,), self.M * layers * 2 * keys * ways)
+        yield self.one("all_gather", (CONTEXT,), forwards * 2 * keys)
+        yield self.one("reduce_scatter", (CONTEXT,), backwards * 2 * keys * ways)
         if self.run.exchange == "mirror":
-            yield self.one("ppermute", (CONTEXT,), self.passes * layers * queries)
+            yield self.one("ppermute", (CONTEXT,), (forwards + backwards) * queries)
 
     def vocabulary(self):
         rows = self.M * self.c * self.R * self.model.embed_dim
@@ -167,5 +201,6 @@ def _matmul_bytes(cfg: RunConfig, learner: Learner, mesh: Mesh) -> float:
         F, times = (model.expert_dim, 1 + model.experts_per_token * room) if kind.moe else (model.dense_dim, 1)
         rows += model.num_blocks * (2 * D + (4 * N + 6 * K) * H / t + times * (2 * D + 3 * F / t))
     weights = model.num_blocks * sum(layer_weights(model, run, kind.moe, dict(size)) for kind in model.pattern)
-    passes = 1 + (AGAIN[run.remat] + 2 if learner.optimizer else 0)
+    times = sum(one.times for one in again(model, run.remat)) / len(model.pattern)
+    passes = 1 + (times + 2 if learner.optimizer else 0)
     return passes * c * (tokens * rows + learner.microbatches * weights)

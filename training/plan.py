@@ -45,6 +45,7 @@ def plan(
     if fast:
         program, cost = estimate_program(cfg, mesh, state), None
     else:
+        ahead.check_compiler(topology)
         log("counting the step in its jaxpr")
         program = count(cfg, mesh)
         log("compiling the step")
@@ -60,7 +61,7 @@ def _described(
     hbm = chip.hbm / chip.devices
     peak = cost.peak if cost and cost.peak else memory.peak
     roof = roofline(program, mesh)
-    out = dict(
+    out: dict[str, Any] = dict(
         preset=cfg.name,
         topology=topology,
         devices=mesh.size,
@@ -110,7 +111,7 @@ def _traffic(program: Program) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["wire"])
 
 
-def _run(cfg: RunConfig, roof: Roofline, chips_used: int) -> dict[str, float]:
+def _run(cfg: RunConfig, roof: Roofline, chips_used: int) -> dict[str, float | int]:
     steps = cfg.train.steps - max(learner.optimizer.start for learner in cfg.learners.values() if learner.optimizer)
     days = steps * roof.step / 86400
     tokens = cfg.train.batch * cfg.train.seq_len * steps
