@@ -18,7 +18,7 @@ TEST_STAMP := .venv/.installed-test$(subst $(space),,$(addprefix -,$(EXTRA_LIST)
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench-cpu canary clean
+.PHONY: help demo test test-slow lint bench-cpu plans plan-accuracy canary clean
 
 help: ## show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ bench-cpu: ## time the training step beside transformers' and fill docs/performa
 .PHONY: bench-cpu-run
 bench-cpu-run: $(TEST_STAMP)
 	@$(BIN)/python -m tools.bench_cpu --docs docs/performance.md
+
+plans: ## make docs/plans anew; compiled where the extras tpu and cuda, and tokamax, are installed
+	@$(BIN)/python -m tools.plans
+
+plan-accuracy: ## hold the planner's estimates against the compilers' figures
+	@$(BIN)/python -m tools.plan_accuracy
 
 canary: ## run the tests on Python 3.12 with the newest releases, unpinned
 	@test -x .venv-canary/bin/python || $(CANARY_PYTHON) -m venv --clear .venv-canary

@@ -72,7 +72,7 @@ def scout_8k() -> RunConfig:
 
 
 def scout_256k() -> RunConfig:
-    """Scout's long-context stage: rows of 262,144 tokens, 2.1M tokens a step (untuned), from the first stage's end.
+    """Scout's long-context stage, from the end of `scout_8k`: rows of 262,144, 2.1M tokens a step.
 
     Command:  llama4 train pretrain:scout_256k --from runs/pretrain-scout_8k --data.jsonl DIR --data.tokenizer F
     Hardware: 256 v5p (v5p:4x8x8)
@@ -95,7 +95,7 @@ def maverick_8k() -> RunConfig:
 
 
 def maverick_256k() -> RunConfig:
-    """Maverick's long-context stage: rows of 262,144 tokens, 4.2M tokens a step (untuned), from the first one's end.
+    """Maverick's long-context stage, from the end of `maverick_8k`: rows of 262,144, 4.2M tokens a step.
 
     Command:  llama4 train pretrain:maverick_256k --from runs/pretrain-maverick_8k --data.jsonl DIR --data.tokenizer F
     Hardware: 512 v5p (v5p:8x8x8)
