@@ -8,24 +8,29 @@ theirs, the speed is not), or fp32, which shows how far rounding to bf16 alone m
 not run again.
 
 A training curve is the loss of every step, smoothed by its mean over WINDOW steps; the difference of two curves is
-|a - b| / b for each window, b being bf16's, and its largest is shown with the last step of that window. Prints a
-Markdown table of the differences and of losses at the end (training: the last window; held out: evaluated in the arm's
-own precision), and writes it with the numbers to OUT/quant.json.
+a / b - 1 for each window, b being bf16's. Shown are the largest above and below bf16's (with the last step of that
+window) and the one at the end; in the rows of means, for the curves averaged over seeds. Prints a Markdown table of
+them and of losses at the end (training: the last window; held out: evaluated in the arm's own precision), and writes it
+with the numbers to OUT/quant.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
 
 import configs
 from launch.train import train
+from training.figures import COLORS, STYLE, WIDTH
 from training.metrics import read
 
 ARMS = {
@@ -41,20 +46,24 @@ WINDOW = 25
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", default=["fp8"], choices=[arm for arm in ARMS if arm != BASE])
+    parser.add_argument("--arms", nargs="+", default=["fp8", "fp32"], choices=[arm for arm in ARMS if arm != BASE])
     parser.add_argument("--steps", type=int, help="in place of the preset's; the schedule shrinks with it")
     parser.add_argument("--out", default="runs/quant")
-    parser.add_argument("--figure", metavar="FILE.png", help="also draw the curves of the first seed")
+    parser.add_argument("--figure", metavar="FILE.png", help="also draw the curves")
     args = parser.parse_args()
-    curves, rows = {}, []
-    for seed in range(args.seeds):
-        curves |= {(arm, seed): run(arm, seed, args.steps, Path(args.out)) for arm in (BASE, *args.arms)}
-        rows += [compare(arm, seed, curves[arm, seed], curves[BASE, seed]) for arm in args.arms]
-    result = dict(window=WINDOW, rows=rows, largest={arm: largest(arm, rows) for arm in args.arms})
-    (Path(args.out) / "quant.json").write_text(json.dumps(result, indent=1))
-    print(table(result))
+    out, arms = Path(args.out), [BASE, *args.arms]
+    runs = {arm: [run(arm, seed, args.steps, out) for seed in range(args.seeds)] for arm in arms}
+    rows = [
+        dict(arm=arm, seed=name) | compare(ours, base)
+        for arm in args.arms
+        for name, ours, base in zip(
+            [*range(args.seeds), "mean"], averaged(runs[arm]), averaged(runs[BASE]), strict=True
+        )
+    ]
+    (out / "quant.json").write_text(json.dumps(dict(window=WINDOW, rows=rows), indent=1))
+    print(table(rows))
     if args.figure:
-        Path(args.figure).write_bytes(figure({arm: curves[arm, 0]["loss"] for arm in (BASE, *args.arms)}))
+        Path(args.figure).write_bytes(figure(runs))
 
 
 def run(arm: str, seed: int, steps: int | None, out: Path) -> dict[str, Any]:
@@ -70,61 +79,58 @@ def run(arm: str, seed: int, steps: int | None, out: Path) -> dict[str, Any]:
     return dict(loss=np.array([r["loss"] for r in records if "loss" in r]), held_out=records[-1]["eval/ce"])
 
 
+def averaged(seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The seeds, and behind them their mean."""
+    return [*seeds, {key: np.mean([seed[key] for seed in seeds], axis=0) for key in seeds[0]}]
+
+
 def smoothed(loss: np.ndarray) -> np.ndarray:
     """Means over WINDOW steps, one for each window that lies within the curve."""
     return np.convolve(loss, np.full(WINDOW, 1 / WINDOW), "valid")
 
 
-def compare(arm: str, seed: int, ours: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+def compare(ours: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     a, b = smoothed(ours["loss"]), smoothed(base["loss"])
-    apart = np.abs(a - b) / b
+    apart = a / b - 1
     return dict(
-        arm=arm, seed=seed, loss=a[-1], base_loss=b[-1], held_out=ours["held_out"], base_held_out=base["held_out"],
-        apart=apart.max(), step=int(apart.argmax()) + WINDOW, apart_at_end=apart[-1],
+        loss=a[-1], base_loss=b[-1], held_out=ours["held_out"], base_held_out=base["held_out"],
+        above=apart.max(), above_at=int(apart.argmax()) + WINDOW,
+        below=apart.min(), below_at=int(apart.argmin()) + WINDOW, at_end=apart[-1],
     )  # fmt: skip
 
 
-def largest(arm: str, rows: list[dict[str, Any]]) -> float:
-    return max(row["apart"] for row in rows if row["arm"] == arm)
-
-
-def table(result: dict[str, Any]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     heads = ("arm", "seed", f"training loss, {BASE}", "arm", f"held out, {BASE}", "arm",
-             "largest difference (at step)", "at the end")  # fmt: skip
+             "curve, most above (at step)", "most below", "at the end")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in result["rows"]:
-        lines.append(f"| {row['arm']} | {row['seed']} | {row['base_loss']:.4f} | {row['loss']:.4f} | "
-                     f"{row['base_held_out']:.4f} | {row['held_out']:.4f} | {row['apart']:.2%} ({row['step']}) | "
-                     f"{row['apart_at_end']:.2%} |")  # fmt: skip
+    for row in rows:
+        lines.append(
+            f"| {row['arm']} | {row['seed']} | {row['base_loss']:.4f} | {row['loss']:.4f} | "
+            f"{row['base_held_out']:.4f} | {row['held_out']:.4f} | {row['above']:+.2%} ({row['above_at']}) | "
+            f"{row['below']:+.2%} ({row['below_at']}) | {row['at_end']:+.2%} |"
+        )
     return "\n".join(lines)
 
 
-def figure(losses: dict[str, np.ndarray]) -> bytes:
-    """PNG: the smoothed curves above, what divides each from bf16's below."""
-    import io
-
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    from training.figures import COLORS, STYLE, WIDTH
-
+def figure(runs: dict[str, list[dict[str, Any]]]) -> bytes:
+    """PNG: above the smoothed curves, means over seeds; below each seed's distance from bf16's, and the means'."""
     with matplotlib.rc_context(STYLE):
-        drawn = Figure(figsize=(WIDTH, 4.4), layout="constrained", dpi=160)
-        above, below = drawn.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        base = smoothed(losses[BASE])
-        steps = np.arange(len(base)) + WINDOW
-        for i, (arm, loss) in enumerate(losses.items()):
-            above.plot(steps, smoothed(loss), color=COLORS[i], linestyle="-" if i == 0 else (0, (4, 2)), label=arm)
-            if arm != BASE:
-                below.plot(steps, 100 * (smoothed(loss) / base - 1), color=COLORS[i])
-        below.axhline(0, color=COLORS[0])
-        above.set_ylabel("loss")
+        drawn = Figure(figsize=(WIDTH * 1.2, 4.4), layout="constrained")
+        above, below = drawn.subplots(2, 1, sharex=True, height_ratios=(1, 1))
+        for i, (arm, seeds) in enumerate(runs.items()):
+            *each, mean = (smoothed(s["loss"]) for s in averaged(seeds))
+            *bases, base = (smoothed(s["loss"]) for s in averaged(runs[BASE]))
+            steps = np.arange(len(mean)) + WINDOW
+            above.plot(steps, mean, color=COLORS[i], linewidth=3.4 if arm == BASE else 1.5, label=arm)
+            for ours, theirs in zip(each, bases, strict=True):
+                below.plot(steps, 100 * (ours / theirs - 1), color=COLORS[i], linewidth=0.8, alpha=0.45)
+            below.plot(steps, 100 * (mean / base - 1), color=COLORS[i], linewidth=3.4 if arm == BASE else 1.7)
+        above.set_ylabel("loss, nats a token")
         above.legend()
         below.set_ylabel(f"% from {BASE}")
-        below.set_ylim(-1, 1)
         below.set_xlabel("step")
         file = io.BytesIO()
-        drawn.savefig(file, format="png")
+        drawn.savefig(file, format="png", dpi=160, facecolor="white")
         return file.getvalue()
 
 

@@ -92,6 +92,7 @@ def losses(mesh_cfg: MeshConfig, devices: int, **how) -> np.ndarray:
     return np.array(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mesh_gives_the_losses_of_one_device_but_for_rounding(kind):
     alone, plain = losses(MeshConfig(), 1, quant=kind), losses(MeshConfig(), 1)
@@ -104,6 +105,7 @@ def test_a_mesh_gives_the_losses_of_one_device_but_for_rounding(kind):
     np.testing.assert_allclose(got, alone, rtol=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["layer", "nested"])
 def test_what_is_recomputed_is_quantised_alike(remat):
     alone = losses(MeshConfig(), 1, quant="fp8")
