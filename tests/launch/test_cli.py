@@ -44,7 +44,7 @@ def failure(line: str, capsys: pytest.CaptureFixture[str]) -> str:
             "train pretrain:tiny_long --train.steps 50",
             "a stage begins after step 100, which must be less than train.steps (50)",
         ),
-        ("train pretrain:tiny_long --stages.0.seq-len 100", "after step 100: train.seq_len (100) must be a multiple"),
+        ("train pretrain:tiny_long --stages.0.seq-len 1000", "after step 100: train.seq_len (1000) must be a multiple"),
         ("train pretrain:tiny --from nowhere@3 --out new", "--from nowhere@3: no checkpoints in nowhere"),
         ("train pretrain:tiny --from nowhere@x --out new", "--from takes RUN or RUN@STEP, a step being a whole number"),
         ("train pretrain:tiny --from", "argument --from: expected one argument"),

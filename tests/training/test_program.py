@@ -111,7 +111,7 @@ def operands(dispatch: str, exchange: str) -> dict[tuple, float]:
     # Weights of one device's part over tensor: gathered in bf16 (the router in fp32), gradients scattered in fp32.
     attention, shared, experts = 2 * D * (N + K) * H // 2, 3 * D * F // 2, 3 * E * D * F // 2
     vectors, router = D * (2 * layers + 1), layers * D * E
-    whole = layers * (attention + shared) + vectors + 2 * V * D // 2
+    whole, tables = layers * (attention + shared) + vectors, 2 * V * D // 2 // 2
     found["all_gather", STORED, BF16] += 2 * whole / axes
     found["all_gather", STORED, FP32] += 4 * router / axes
     found["reduce_scatter", STORED, FP32] += 4 * (whole + router)
@@ -119,6 +119,8 @@ def operands(dispatch: str, exchange: str) -> dict[tuple, float]:
 
     # Experts: all gathered, over one dimension after the other; or those of an expert shard.
     rest = ("fsdp", "context")
+    found["all_gather", rest, BF16] += 2 * tables / 4  # whose vocabulary stays split over expert
+    found["reduce_scatter", rest, FP32] += 4 * tables
     if dispatch == "fsdp":
         found["all_gather", ("expert",), BF16] += layers * 2 * experts / 8
         found["all_gather", rest, BF16] += layers * 2 * experts / 4
@@ -132,7 +134,14 @@ def operands(dispatch: str, exchange: str) -> dict[tuple, float]:
 
     # Activations: summed over tensor after attention and after the ffn, and after the embedding; and all of it back.
     found["all_reduce", ("tensor",), BF16] += 2 * (2 * layers + 1) * 2 * (rows * tokens * D)
-    found["all_reduce", ("tensor",), FP32] += 3 * 4 * (rows * tokens)  # log-sum-exp's top and sum, the label's logit
+
+    # The vocabulary's columns: ids, labels, weights and hidden states of all along expert come to them, looked-up rows
+    # go back, and the gradients of both the other way.
+    found["all_gather", ("expert",), IDS] += 2 * 4 * (rows * tokens)
+    found["all_gather", ("expert",), FP32] += 4 * (rows * tokens)
+    found["all_gather", ("expert",), BF16] += 2 * 2 * (rows * tokens * D)
+    found["reduce_scatter", ("expert",), BF16] += 2 * 2 * 2 * (rows * tokens * D)
+    found["all_reduce", ("tensor", "expert"), FP32] += 3 * 4 * 2 * (rows * tokens)  # top and sum, label's logit
 
     # The one global layer: keys, values and segment ids; with mirror half of the queries and of what they found.
     context, keys, half = ("context",), 2 * rows * tokens * (K // 2) * H, 2 * rows * (tokens // 2) * (N // 2) * H

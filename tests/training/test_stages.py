@@ -28,7 +28,9 @@ from training.metrics import read
 from training.optimizer import learning_rate
 
 CLOCK = {"time", "tokens_per_second", "seconds_per_step", "data_wait", "tflops"}
-LONG = Stage(4, batch=4, seq_len=64, weights={"odd": 0.8}, mesh=MeshConfig(context=4), schedule=Schedule(0.5, decay=1))
+LONG = Stage(
+    4, batch=4, seq_len=64, weights={"odd": 0.8}, mesh=MeshConfig(context=4), schedule=Schedule(0.5, decay=1.0)
+)
 
 
 def quiet(_: str) -> None:
