@@ -26,9 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from scipy.optimize import nnls
 
 from llama4_jax.axes import EXPERT, TENSOR, TOKEN_AXES, Execution
 from llama4_jax.config import ModelConfig
@@ -43,7 +41,6 @@ FACTORS = {
     "tpu": dict(gradients=1.49, saved=0.99, weights=0.37, activations=0.47, tables=0.46),
 }
 """By `tools/plan_accuracy.py`."""
-PULL, PULL_SAVED = 0.1, 1.0
 
 
 class Memory(NamedTuple):
@@ -130,15 +127,3 @@ def layer_activations(model: ModelConfig, run: Execution, moe: bool, R: float, c
         room = 1.0 if run.dispatch == "fsdp" else run.capacity
         out += c * model.experts_per_token * R * room * (3 * F / tensor + 4 * D)
     return out
-
-
-def fit(parts_of: list[dict[str, float | int]], beside_state: list[float], peaks: list[float]) -> dict[str, float]:
-    """Factors of least squared error relative to the peak, none negative, each pulled towards 1 a little.
-
-    `saved`, the one part whose arrays are known to live at the peak and how large they are, is pulled by more.
-    """
-    a = np.array([[one[part] for part in PARTS] for one in parts_of]) / np.array(peaks)[:, None]
-    b = np.array(beside_state) / np.array(peaks)
-    pulls = np.sqrt(np.mean(a**2, axis=0)) * [PULL_SAVED if part == "saved" else PULL for part in PARTS]
-    factors, _ = nnls(np.vstack([a, np.diag(pulls)]), np.concatenate([b, pulls]))
-    return dict(zip(PARTS, map(float, factors), strict=True))
