@@ -184,7 +184,7 @@ def test_the_next_stage_reads_on_where_the_one_before_was(corpus, monkeypatch):
     """Other rows begin behind the documents that were read, so that no document comes twice; the same rows go on."""
     monkeypatch.setattr("data.loader.POOL_TOKENS", 0)
     short = corpus.train(2, 32, 16, 0)
-    before = documents_of(next(short) for _ in range(6))
+    before = documents_of(next(short) for _ in range(12))
     place = json.loads(json.dumps(short.get_state()))
     following = next(short)
     short.close()
@@ -197,7 +197,7 @@ def test_the_next_stage_reads_on_where_the_one_before_was(corpus, monkeypatch):
     with pytest.raises(ValueError, match="another data stream: seq_len, shares changed"):
         other.train(2, 64, 16, 0, 0, 1, place)
     long = other.train(2, 64, 16, 0, 0, 1, place, True)
-    batches = [next(long) for _ in range(3)]
+    batches = [next(long) for _ in range(6)]
     middle, after = json.loads(json.dumps(long.get_state())), next(long)
     long.close()
     seen = documents_of(batches)
@@ -325,7 +325,7 @@ def test_a_fork_of_the_same_config_ends_as_its_source(whole, make_staged, corpus
 def test_a_fork_may_differ_in_all_but_its_arrays(whole, make_staged, corpus):
     """It is a run of its own, goes on when ended, and says what is different."""
     scout = whole[0].learners["scout"]
-    cfg = replace(make_staged("other", stages=(), seq_len=64, batch=4, seed=1), fork=f"{whole[0].folder}@4")
+    cfg = replace(make_staged("other", stages=(), seq_len=64, seed=1), fork=f"{whole[0].folder}@4")
     cfg = replace(cfg, learners={"scout": replace(scout, optimizer=replace(scout.optimizer, start=4, warmup=2))})
     lines = []
     killed_at(8, cfg, corpus)
