@@ -39,7 +39,7 @@ def tiny_cotrained() -> RunConfig:
 
 
 def _students() -> dict[str, Learner]:
-    taught = Distillation("behemoth", weighting="wsd", soft=0.9)
+    taught = Distillation("behemoth", schedule="wsd", soft=0.9)
     models = {"maverick": tiny_maverick(), "scout": tiny_scout()}
     return {name: replace(pretrain.tiny_learner(model), distillation=taught) for name, model in models.items()}
 
@@ -54,7 +54,7 @@ def maverick_scout_from_behemoth() -> RunConfig:
     Hardware: 4,096 v5p (v5p:16x16x16)
     Result:   never run; llama4 plan codistill:maverick_scout_from_behemoth --topology v5p:16x16x16
     """
-    taught = Distillation("behemoth", weighting="wsd", soft=0.9)  # as in the tiny family, untuned
+    taught = Distillation("behemoth", schedule="wsd", soft=0.9)  # as in the tiny family, untuned
     how = full.EXPERTS_TRAVEL
     learners = {
         "behemoth": full.learner("behemoth", behemoth(), **how),

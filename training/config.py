@@ -67,20 +67,73 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a student takes from its teacher: h CE + s t^2 KL(teacher || student) on every token, h = 1 - s."""
+    """What a student takes from its teacher: h CE + s t^2 D(teacher, student) on every token.
+
+    The formulas of D are in `llama4_jax/kernels/vocab_loss/form.py`, those of h and s in `training/weighting.py`.
+    """
 
     teacher: str = ""
-    """The learner that teaches, one named before this one; empty for none."""
-    weighting: Literal["constant", "wsd"] = "wsd"
-    """Of s over time: constant, or the peak times the learning rate's share of its own peak."""
-    soft: float = 0.9
-    """Peak of s, the soft targets' weight."""
+    """The learner that teaches, one named before this one; or targets:DIR, what llama4 targets wrote; or
+    stream:HOST:PORT, where llama4 targets serve runs; empty for none."""
+    divergence: Literal["kl", "reverse_kl", "skew_kl", "skew_reverse_kl", "jsd"] = "kl"
+    """D: KL(teacher || student), the other way about, against a mixture of both, or Jensen-Shannon."""
+    skew: float = 0.1
+    """Share of the mixture that is the first distribution's in skew_kl and skew_reverse_kl, the teacher's in jsd."""
     temperature: float = 1.0
     """t, of both distributions."""
+    taid_start: float = 1.0
+    """Below 1 the student learns from a blend of itself and its teacher, in the logits: this share of the teacher at
+    first, 1 at the end (TAID)."""
+    taid_rate: float = 5e-4
+    """How fast the share rises beyond a straight line while D falls."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
+    """The soft weight a over time: constant, from soft to soft_end, or soft times the learning rate's share of its own
+    peak."""
+    soft: float = 0.9
+    """Peak of a."""
+    soft_end: float = 0.0
+    """Where linear and cosine end."""
+    hard: Literal["rest", "one"] = "rest"
+    """h: what the soft weight leaves of 1, or 1."""
+    weighting: Literal["schedule", "confidence", "student_entropy", "disagreement", "gradient_norm", "competence"] = (
+        "schedule"
+    )
+    """s: a itself; a by token, for a confident teacher, an unsure student or where they disagree; so that both
+    gradients are of one size; or by domain, where the teacher predicts unseen tokens better than the student."""
+    ema: float = 0.99
+    """Decay, each step, of the running means that s is made of."""
+    most: float = 4.0
+    """Largest factor by which weighting raises s."""
+    sharpness: float = 10.0
+    """Of competence: how fast the gate opens, per nat."""
+    margin: float = 0.0
+    """Of competence: nats by which the teacher has to be better for half of a."""
 
     def __post_init__(self):
-        _check(0 <= self.soft <= 1, f"distillation.soft must lie between 0 and 1, not {self.soft}")
+        for name in ("soft", "soft_end", "skew"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"distillation.{name} must lie between 0 and 1, not {value}")
+        _check(self.divergence in ("kl", "reverse_kl") or 0 < self.skew < 1,
+               f"distillation.skew must lie inside 0 and 1 for {self.divergence}, not {self.skew:g}")  # fmt: skip
+        _check(0 <= self.taid_start <= 1, f"distillation.taid_start lies between 0 and 1, not {self.taid_start}")
         _check(self.temperature > 0, f"distillation.temperature must be positive, not {self.temperature}")
+        _check(0 <= self.ema < 1, f"distillation.ema must lie in [0, 1), not {self.ema}")
+        _check(self.most >= 1, f"distillation.most must be at least 1, not {self.most}")
+        if self.remote:
+            kind, _, place = self.teacher.partition(":")
+            host, _, port = place.rpartition(":")
+            _check(bool(place) and (kind == "targets" or (bool(host) and port.isdecimal())),
+                   f"distillation.teacher must be a learner's name, targets:DIR or stream:HOST:PORT, not "
+                   f"{self.teacher!r}")  # fmt: skip
+            whole = self.divergence == "kl" and self.temperature == 1 and self.taid_start == 1
+            _check(whole and self.weighting != "disagreement",
+                   f"{self.teacher} gives a few of the teacher's probabilities, at temperature 1: enough for "
+                   "divergence kl at temperature 1, without taid_start and weighting disagreement")  # fmt: skip
+
+    @property
+    def remote(self) -> bool:
+        """Whether the teacher is no learner of this program."""
+        return self.teacher.startswith(("targets:", "stream:"))
 
 
 @dataclass(frozen=True)
@@ -277,12 +330,13 @@ class RunConfig:
         for name, learner in self.learners.items():
             teacher = learner.distillation.teacher
             listed = ", ".join(before) or "none"
-            _check(not teacher or teacher in before,
+            remote = learner.distillation.remote
+            _check(not teacher or remote or teacher in before,
                    f"{name}'s teacher {teacher!r} is not among the learners before it: {listed}")  # fmt: skip
             _check(
                 not teacher or learner.optimizer is not None, f"{name} is frozen, so it cannot learn from {teacher!r}"
             )
-            _check(not teacher or self.learners[teacher].model.vocab_size == learner.model.vocab_size,
+            _check(not teacher or remote or self.learners[teacher].model.vocab_size == learner.model.vocab_size,
                    f"{name} and its teacher {teacher} must share the vocabulary: model.vocab_size differs")  # fmt: skip
             before.append(name)
             start = learner.optimizer.start if learner.optimizer else 0

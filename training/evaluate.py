@@ -1,4 +1,4 @@
-"""Cross-entropy on held-out documents, per domain: forward only, over a fixed list of batches."""
+"""A learner on held-out documents, per domain: forward only, over a fixed list of batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -15,31 +14,29 @@ from jax.sharding import PartitionSpec as P
 from data.batch import Batch
 from training.config import Learner
 from training.mesh import BATCH_SPEC
-from training.metrics import domain_means
-from training.objectives import objective
+from training.metrics import measured
+from training.objectives import Sums, objective
 from training.state import execution, graphdef
 from training.step import summed_in_parts
 
-EvalFn = Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]
+EvalFn = Callable[[nnx.State, Batch], Sums]
 
 
 def make_eval_step(learner: Learner, mesh: Mesh, domains: int) -> EvalFn:
-    """The jitted (params, batch) -> (CE summed by domain, valid tokens by domain), [domains] each, in nats.
+    """The jitted (params, batch) -> what the objective sums, of labels alone.
 
     The same model and the same fused loss as in training, inside one `shard_map`, in the learner's microbatches.
     """
     model, run = graphdef(learner), execution(learner, mesh)
-    labels_only = (jnp.float32(1), jnp.float32(0))
 
-    def local(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        def part(batch: Batch) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def local(params: nnx.State, batch: Batch) -> Sums:
+        def part(batch: Batch) -> tuple[Sums, None]:
             out = nnx.merge(model, params)(batch.tokens, batch.positions, batch.segment_ids, run)
-            sums = objective(out, batch, learner, domains, labels_only)[1]
-            return (sums.domain_ce, sums.domain_tokens), None
+            return objective(out, batch, learner, domains, measure=True)[1], None
 
         return summed_in_parts(part, (batch,), learner.microbatches)[0]
 
-    def eval_step(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def eval_step(params: nnx.State, batch: Batch) -> Sums:
         specs = (run.specs(params), BATCH_SPEC)
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(params, batch)
 
@@ -49,10 +46,9 @@ def make_eval_step(learner: Learner, mesh: Mesh, domains: int) -> EvalFn:
 def evaluate(
     step: EvalFn, params: nnx.State, batches: Iterable[Batch], mesh: Mesh, domains: Sequence[str]
 ) -> dict[str, float]:
-    """{"ce", "ce/DOMAIN" ...}: nats per token over all batches, each of them whole on every process."""
-    sums = [step(params, put_global(batch, mesh)) for batch in batches]
-    ce, tokens = (np.sum([np.asarray(s[i], np.float64) for s in sums], axis=0) for i in (0, 1))
-    return domain_means("ce", ce, tokens, domains)
+    """{"ce", "ce/DOMAIN", ...}: `metrics.measured` over all batches, each of them whole on every process."""
+    sums = [jax.device_get(step(params, put_global(batch, mesh))) for batch in batches]
+    return measured(jax.tree.map(lambda *xs: np.sum(np.asarray(xs, np.float64), axis=0), *sums), domains)
 
 
 def put_global(batch: Batch, mesh: Mesh) -> Any:

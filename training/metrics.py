@@ -29,8 +29,8 @@ FILE = "metrics.jsonl"
 def scalars(metrics: Mapping[str, Any], cfg: RunConfig, domains: Sequence[str]) -> dict[str, Any]:
     """A step's metrics (`training/step.py`, on the host) as a flat dict; in runs of several learners keys begin NAME/.
 
-    Means over the step's valid tokens, in nats: loss = h ce + s t^2 kl + c_b balance + c_z z (`objectives.py`), ce
-    and ce/DOMAIN of the domains that were seen, likewise kl for a student, with its weights `hard` and `soft`.
+    Means over the step's valid tokens, in nats (`measured`, `taught`); loss = h ce + s t^2 D + c_b balance + c_z z
+    (`objectives.py`).
     imbalance/LAYER: load of the busiest expert over the mean load (1: balanced); imbalance: of the worst layer.
     dropped: share of routed tokens that found no room, under a dispatch that can drop.
     expert_share: [MoE layers][E], a table that only the JSONL file gets.
@@ -49,12 +49,11 @@ def prefix(learner: str, cfg: RunConfig) -> str:
 def _learner_scalars(metrics: Mapping[str, Any], learner: Learner, domains: Sequence[str]) -> dict[str, Any]:
     sums = metrics["sums"]
     tokens = max(float(sums.tokens), 1.0)
-    out = domain_means("ce", sums.domain_ce, sums.domain_tokens, domains)
-    loss = float(metrics["hard"]) * out["ce"]
+    out = measured(sums, domains)
+    loss = out["ce"]
     if learner.distillation.teacher:
-        out |= domain_means("kl", sums.domain_kl, sums.domain_tokens, domains)
-        out |= {"hard": float(metrics["hard"]), "soft": float(metrics["soft"])}
-        loss += out["soft"] * learner.distillation.temperature**2 * out["kl"]
+        out |= taught(sums, domains)
+        loss = float(np.sum(sums.by_domain["weighted"]) / tokens)
     balance, z = float(sums.balance) / tokens, float(sums.z) / tokens
     loss += learner.router_balance * balance + learner.router_z * z
     out = {"loss": loss, **out, "balance": balance, "z": z, "grad_norm": float(metrics["grad_norm"]),
@@ -72,11 +71,53 @@ def _learner_scalars(metrics: Mapping[str, Any], learner: Learner, domains: Sequ
     return out
 
 
-def domain_means(name: str, sums: Any, tokens: Any, domains: Sequence[str]) -> dict[str, float]:
-    """{NAME, NAME/DOMAIN ...}: means per token of sums by domain."""
-    total, count = np.asarray(sums, np.float64), np.asarray(tokens, np.float64)
+def measured(sums: Any, domains: Sequence[str]) -> dict[str, float]:
+    """{NAME, NAME/DOMAIN ...}: ce; where they were measured, accuracy, entropy and ece of the predictions.
+
+    accuracy: share of labels than which no token is likelier; ece: sum over bins of confidence of their share of the
+    tokens times |accuracy - confidence| in them (expected calibration error).
+    """
+    found = {"ce": "ce", "entropy": "entropy", "correct": "accuracy"}
+    out: dict[str, float] = {}
+    for name, called in found.items():
+        if name in sums.by_domain:
+            out |= domain_means(called, sums.by_domain[name], sums.domain_tokens, domains)
+    if sums.calibration is not None:
+        _, confidence, hits = np.moveaxis(np.asarray(sums.calibration, np.float64), -1, 0)
+        gap = np.abs(hits - confidence).sum(axis=-1)
+        out |= domain_means("ece", gap, sums.domain_tokens, domains)
+        out["ece"] = float(np.abs((hits - confidence).sum(axis=0)).sum() / max(np.sum(sums.domain_tokens), 1))
+    return out
+
+
+def taught(sums: Any, domains: Sequence[str]) -> dict[str, float]:
+    """{NAME, NAME/DOMAIN ...} of a student, over tokens that have a target but for hard and missing.
+
+    kl and reverse_kl: KL(teacher || student) and the other way, at temperature 1; divergence: D as it is minimised;
+    teacher_ce, teacher_entropy; agreement: share of tokens where the teacher's likeliest one is the student's;
+    teacher_better: where the teacher's CE is below the student's; hard, soft: mean weights of labels and of D;
+    norm_ratio: mean |t^2 dD/dz| over mean |q - y|, and norm_cosine, of these gradients in the logits; missing: share
+    of tokens without a target.
+    """
+    s = {name: np.asarray(x, np.float64) for name, x in sums.by_domain.items()}
+    tokens, valid = s["tokens"], np.asarray(sums.domain_tokens, np.float64)
+    names = ("kl", "reverse_kl", "divergence", "teacher_ce", "teacher_entropy", "agreement", "teacher_better", "soft")
+    out = domain_means("hard", s["hard"], valid, domains) | domain_means("missing", valid - tokens, valid, domains)
+    for name in names:
+        if name in s:
+            out |= domain_means(name, s[name], tokens, domains)
+    out |= domain_means("norm_ratio", s["soft_norm"], s["hard_norm"], domains)
+    product, squares = s["norm_product"], np.stack([s["hard_square"], s["soft_square"]])
+    out |= domain_means("norm_cosine", product, np.sqrt(squares[0] * squares[1]), domains)
+    hard, soft = squares.sum(axis=1)
+    return out | {"norm_cosine": float(product.sum() / max(math.sqrt(hard * soft), 1e-30))}
+
+
+def domain_means(name: str, sums: Any, counts: Any, domains: Sequence[str]) -> dict[str, float]:
+    """{NAME, NAME/DOMAIN ...}: means of sums by domain, of the domains that have any."""
+    total, count = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
     by_domain = {f"{name}/{d}": float(t / n) for d, t, n in zip(domains, total, count, strict=True) if n > 0}
-    return {name: float(total.sum() / max(count.sum(), 1.0)), **by_domain}
+    return {name: float(total.sum() / count.sum()) if count.sum() > 0 else 0.0, **by_domain}
 
 
 # --- Throughput
@@ -189,7 +230,7 @@ class Console:
             left = (self.cfg.train.steps - step) * record.get("seconds_per_step", math.nan)
             eta = "" if math.isnan(left) else f"  {timedelta(seconds=round(left))} left"
             self._log(f"step {step}/{self.cfg.train.steps}  {text}{eta}")
-        if held_out := {name: value for name, value in record.items() if "eval/" in name}:
+        if held_out := {name: value for name, value in record.items() if "eval/ce" in name}:
             parts = "  ".join(f"{name.replace('eval/', '')} {value:.4f}" for name, value in held_out.items())
             self._log(f"step {step}/{self.cfg.train.steps}  held out: {parts}")
 

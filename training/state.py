@@ -16,6 +16,7 @@ from llama4_jax.axes import Execution
 from llama4_jax.config import ModelConfig
 from llama4_jax.quant import check_device
 from llama4_jax.text import Transformer, abstract
+from training import weighting
 from training.config import Learner, OptimizerConfig, RunConfig
 from training.mesh import deals_heads, shardings
 from training.optimizer import make_optimizer
@@ -26,6 +27,7 @@ class LearnerState(NamedTuple):
 
     params: nnx.State  # fp32
     optimizer: Any  # None for a frozen teacher
+    weighting: Any = None  # `Weighting`, running means behind the weights of its targets; None for a frozen teacher
 
 
 class TrainState(NamedTuple):
@@ -77,7 +79,7 @@ def init_state(cfg: RunConfig) -> TrainState:
         key = jax.random.fold_in(jax.random.key(cfg.train.seed), _stable_hash(name))
         params = nnx.split(Transformer(learner.model, nnx.Rngs(params=key)))[1]
         optimizer = learner.optimizer and make_optimizer(learner.optimizer, cfg.train.steps).init(params)
-        return LearnerState(params, optimizer)
+        return LearnerState(params, optimizer, learner.optimizer and weighting.init())
 
     return TrainState(jnp.int32(0), {name: init(name, learner) for name, learner in cfg.learners.items()})
 
@@ -92,7 +94,8 @@ def state_specs(cfg: RunConfig, mesh: Mesh, state: TrainState) -> TrainState:
 def _abstract(model: ModelConfig, optimizer: OptimizerConfig | None, steps: int) -> LearnerState:
     """Shapes and dtypes; tracing the initialisers of a large model takes most of a second."""
     params = _abstract_params(model)
-    return LearnerState(params, optimizer and jax.eval_shape(make_optimizer(optimizer, steps).init, params))
+    state = optimizer and jax.eval_shape(make_optimizer(optimizer, steps).init, params)
+    return LearnerState(params, state, optimizer and jax.eval_shape(weighting.init))
 
 
 @cache

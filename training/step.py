@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +14,18 @@ from jax.sharding import PartitionSpec as P
 
 from data.batch import Batch
 from llama4_jax.axes import Execution
+from llama4_jax.kernels.vocab_loss.form import Dense
+from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
+from training import weighting
 from training.config import Learner, OptimizerConfig, RunConfig
 from training.mesh import BATCH_SPEC
-from training.objectives import SoftTargets, Sums, objective, weights
+from training.objectives import Sums, objective
 from training.optimizer import learning_rate, make_optimizer
 from training.router_bias import follow_load
 from training.state import LearnerState, TrainState, abstract_state, execution, graphdef
+from training.weighting import Mix
 
-StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+StepFn = Callable[..., tuple[TrainState, dict[str, Any]]]
 
 
 class Taught(NamedTuple):
@@ -32,34 +36,44 @@ class Taught(NamedTuple):
 
 
 def make_train_step(cfg: RunConfig, mesh: Mesh, domains: int) -> StepFn:
-    """The jitted step: (state, batch) -> (state, metrics by learner). The state is donated.
+    """The jitted step: (state, batch, targets) -> (state, metrics by learner). The state is donated.
 
     Learners are walked in their order, teachers first. One with an optimizer takes its gradient and is updated;
-    what it teaches comes from that same forward pass. One without only runs forward. All its students share it.
+    what it teaches comes from that same forward pass, by weights of before the update. One without only runs forward.
+    All its students share it. `targets` holds those of teachers elsewhere, by `Distillation.teacher`, [B, T, ...].
     """
     teachers = {learner.distillation.teacher for learner in cfg.learners.values()}
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        learners, metrics, taught = {}, {}, {}
+    def train_step(
+        state: TrainState, batch: Batch, targets: Mapping[str, SparseTargets] = {}
+    ) -> tuple[TrainState, dict[str, Any]]:
+        learners, metrics = {}, {}
+        taught: dict[str, Any] = dict(targets)
+        elsewhere = {t for t in teachers if t and t not in cfg.learners}
+        if elsewhere != set(targets):
+            raise ValueError(f"the step needs targets of {sorted(elsewhere)}, not of {sorted(targets)}")
         for name, learner in cfg.learners.items():
-            params = state.learners[name].params
+            before, steps = state.learners[name], cfg.train.steps
             with jax.named_scope(name):
                 if learner.optimizer is None:
-                    learners[name], hidden = state.learners[name], forward(learner, mesh)(params, batch)
+                    learners[name], hidden = before, forward(learner, mesh)(before.params, batch)
                 else:
-                    rate = learning_rate(learner.optimizer, cfg.train.steps)(state.step)
-                    mix = weights(learner.distillation, rate, learner.optimizer.learning_rate)
-                    teacher = learner.distillation.teacher
-                    source = cfg.learners[teacher] if teacher else None
-                    take = gradient(learner, mesh, domains, teacher=source, teaches=name in teachers)
-                    grads, sums, hidden = take(params, batch, mix, taught.get(teacher))
-                    new, norm = update(learner.optimizer, cfg.train.steps, mesh, state.learners[name], grads)
-                    learners[name] = follow_load(learner, new, sums.load, state.step, cfg.train.steps)
-                    metrics[name] = dict(sums=sums, grad_norm=norm, learning_rate=rate, hard=mix[0], soft=mix[1])
+                    rate = learning_rate(learner.optimizer, steps)(state.step)
+                    distillation = learner.distillation
+                    teacher, peak = distillation.teacher, learner.optimizer.learning_rate
+                    mix = weighting.weights(distillation, before.weighting, rate, peak, state.step, steps)
+                    take = gradient(learner, mesh, domains, teacher=cfg.learners.get(teacher), teaches=name in teachers)
+                    grads, sums, hidden = take(before.params, batch, mix if teacher else None, taught.get(teacher))
+                    new, norm = update(learner.optimizer, steps, mesh, before, grads)
+                    if teacher:
+                        means = weighting.update(distillation, before.weighting, sums.by_domain, state.step, steps)
+                        new = new._replace(weighting=means)
+                    learners[name] = follow_load(learner, new, sums.load, state.step, steps)
+                    metrics[name] = dict(sums=sums, grad_norm=norm, learning_rate=rate, step=state.step)
             # The barrier ends this learner before the next one starts: their residuals do not live side by side.
             batch, learners[name], hidden = jax.lax.optimization_barrier((batch, learners[name], hidden))
             if name in teachers:
-                taught[name] = Taught(jax.lax.stop_gradient(hidden), params["unembedding"])
+                taught[name] = Taught(jax.lax.stop_gradient(hidden), before.params["unembedding"])
         return TrainState(state.step + 1, learners), metrics
 
     placed = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
@@ -72,7 +86,8 @@ def update(
 ) -> tuple[LearnerState, jax.Array]:
     """One optimizer step; also the gradient's global norm before clipping."""
     updates, opt_state = make_optimizer(cfg, steps, mesh).update(grads, state.optimizer, state.params)
-    return LearnerState(optax.apply_updates(state.params, updates), opt_state), optax.tree.norm(grads)  # pyright: ignore
+    params: Any = optax.apply_updates(state.params, updates)
+    return state._replace(params=params, optimizer=opt_state), optax.tree.norm(grads)  # pyright: ignore
 
 
 def forward(learner: Learner, mesh: Mesh) -> Callable[[nnx.State, Batch], jax.Array]:
@@ -97,36 +112,35 @@ def gradient(
 ) -> Callable[..., tuple[nnx.State, Sums, jax.Array | None]]:
     """(params, batch, mix, taught) -> (mean gradient over the batch's valid tokens, sums, hidden if it `teaches`).
 
-    Inside one `shard_map`: each device walks its rows in microbatches, sums the gradients of the loss shares
-    (`llama4_jax/axes.py`) and the valid tokens, and divides once.
+    `taught`: what `teacher` hands on, or the targets of one elsewhere, or None. Inside one `shard_map`: each device
+    walks its rows in microbatches, sums the gradients of the loss shares (`llama4_jax/axes.py`) and the valid tokens,
+    and divides once.
     """
     model, run, teachers = graphdef(learner), execution(learner, mesh), execution(teacher or learner, mesh)
 
-    def share(params: nnx.State, batch: Batch, mix, targets: SoftTargets | None):
+    def share(params: nnx.State, batch: Batch, mix: Mix | None, targets: Dense | SparseTargets | None):
         out = nnx.merge(model, params)(batch.tokens, batch.positions, batch.segment_ids, run)
         loss, sums = objective(out, batch, learner, domains, mix, targets)
         return loss, (sums, out.hidden if teaches else None)
 
-    def local(params: nnx.State, batch: Batch, mix, taught: Taught | None):
-        kernel = None if taught is None else _fetch_unembedding(teachers, taught)
+    def local(params: nnx.State, batch: Batch, mix: Mix | None, taught: Taught | SparseTargets | None):
+        rows, kernel = taught, None
+        if isinstance(taught, Taught):
+            rows, kernel = taught.hidden, _fetch_unembedding(teachers, taught)
 
-        def part(batch: Batch, hidden: jax.Array | None):
-            targets = None if hidden is None or kernel is None else SoftTargets(hidden, kernel)
+        def part(batch: Batch, rows: jax.Array | SparseTargets | None):
+            targets = rows if kernel is None else Dense(rows, kernel)
             (_, (sums, hidden)), grads = jax.value_and_grad(share, has_aux=True)(params, batch, mix, targets)
             return (grads, sums), hidden
 
-        hidden = None if taught is None else taught.hidden
-        (grads, sums), hidden = summed_in_parts(part, (batch, hidden), learner.microbatches)
+        (grads, sums), hidden = summed_in_parts(part, (batch, rows), learner.microbatches)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1), run.sum_shares(grads))
         return grads, sums, hidden
 
-    def apply(params: nnx.State, batch: Batch, mix, taught: Taught | None = None):
-        specs = run.specs(params)
-        source = (
-            None
-            if taught is None
-            else Taught(BATCH_SPEC, execution(teacher or learner, mesh).specs(taught.unembedding))
-        )
+    def apply(params: nnx.State, batch: Batch, mix: Mix | None = None, taught: Taught | SparseTargets | None = None):
+        specs, source = run.specs(params), BATCH_SPEC
+        if isinstance(taught, Taught):
+            source = Taught(BATCH_SPEC, teachers.specs(taught.unembedding))
         mapped = jax.shard_map(
             local, mesh=mesh, in_specs=(specs, BATCH_SPEC, P(), source), out_specs=(specs, P(), BATCH_SPEC),
             check_vma=False,

@@ -44,5 +44,8 @@ def test_equals_the_naive_computation(make_run, corpus, mesh, devices, parts):
     params = create_state(cfg, at).learners["scout"].params
     found = evaluate(make_eval_step(learner, at, 2), params, batches, at, corpus.domains)
     whole = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
-    assert found == pytest.approx(naive(whole, learner, batches, corpus.domains), rel=1e-5)
-    assert set(found) == {"ce", "ce/even", "ce/odd"}
+    want = naive(whole, learner, batches, corpus.domains)
+    assert {name: found[name] for name in want} == pytest.approx(want, rel=1e-5)
+    measured = ("ce", "accuracy", "entropy", "ece")
+    assert set(found) == {f"{name}{of}" for name in measured for of in ("", "/even", "/odd")}
+    assert 0 < found["accuracy"] < 1 and 0 < found["ece"] < 1 and found["ece"] <= found["ece/even"] + found["ece/odd"]

@@ -106,8 +106,7 @@ def test_a_gradient_crosses_slices_once_and_as_a_shard(make_run):
     params = abstract_state(cfg, mesh).learners["scout"].params
     rows = jax.ShapeDtypeStruct((16, cfg.train.seq_len), np.int32)
     batch = Batch(*[rows] * len(Batch._fields))._replace(loss_mask=jax.ShapeDtypeStruct(rows.shape, np.float32))
-    one = jax.ShapeDtypeStruct((), np.float32)
-    jaxpr = jax.make_jaxpr(gradient(learner, mesh, 2))(params, batch, (one, one)).jaxpr
+    jaxpr = jax.make_jaxpr(gradient(learner, mesh, 2))(params, batch).jaxpr
     crossing = [one for one in walk(jaxpr) if REPLICA in one.axes]
     assert {one.name for one in crossing} == {"psum"}
     operands = [(x.aval.shape, one.axes, one.trips) for one in crossing for x in one.eqn.invars]

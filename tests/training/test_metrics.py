@@ -17,6 +17,7 @@ from training.metrics import (
     Console,
     Throughput,
     Writers,
+    measured,
     read,
     scalars,
 )
@@ -54,15 +55,16 @@ def test_throughput(make_run, monkeypatch):
 def step_metrics(layers: int):
     load = np.full((layers, 4), 5.0)
     load[1] = [16, 4, 0, 0]
-    sums = Sums(*map(np.float32, (20,)), np.float32([15, 0, 5]), np.float32([30, 0, 20]), np.float32([3, 0, 1]),
-                np.float32(40), np.float32(60), load, np.zeros(layers))  # fmt: skip
-    rest = dict(grad_norm=1.5, learning_rate=1e-3, hard=0.25, soft=0.75)
+    tokens = np.float32([15, 0, 5])
+    sums = Sums(np.float32(20), tokens, {"ce": np.float32([30, 0, 20])}, None, np.float32(40), np.float32(60), load,
+                np.zeros(layers))  # fmt: skip
+    rest = dict(grad_norm=1.5, learning_rate=1e-3)
     return dict(sums=sums, **{name: np.float32(value) for name, value in rest.items()})
 
 
 def test_scalars_of_one_learner(make_run):
     cfg = make_run()
-    out = scalars({"scout": step_metrics(2) | {"hard": np.float32(1)}}, cfg, ("even", "none", "odd"))
+    out = scalars({"scout": step_metrics(2)}, cfg, ("even", "none", "odd"))
     table = out.pop("expert_share")
     assert table == [[0.25] * 4, [0.8, 0.2, 0.0, 0.0]]
     assert out == pytest.approx(
@@ -73,12 +75,37 @@ def test_scalars_of_one_learner(make_run):
 
 
 def test_scalars_of_a_student(make_run):
+    """Of 20 tokens 12 have a target: 10 of the first domain and 2 of the last."""
     cfg = make_run()
     student = replace(cfg.learners["scout"], distillation=Distillation("teacher", temperature=2.0))
     cfg = replace(cfg, learners={"teacher": replace(cfg.learners["scout"], optimizer=None), "student": student})
-    out = scalars({"student": step_metrics(2)}, cfg, ("even", "none", "odd"))
-    assert out["student/kl"] == pytest.approx(0.2) and out["student/kl/odd"] == pytest.approx(0.2)
-    assert out["student/loss"] == pytest.approx(0.25 * 2.5 + 0.75 * 4 * 0.2 + 0.01 * 2 + 0.001 * 3)
+    metrics = step_metrics(2)
+    means = dict(kl=(0.3, 0, 0.9), reverse_kl=(0.2, 0, 0.8), divergence=(0.1, 0, 0.7), teacher_ce=(1.5, 0, 3.0),
+                 teacher_entropy=(1.4, 0, 2.9), agreement=(0.5, 0, 1.0), teacher_better=(0.6, 0, 0.5),
+                 soft=(0.75, 0, 0.25), hard_norm=(0.8, 0, 0.4), soft_norm=(0.4, 0, 0.2), norm_product=(0.2, 0, 0.0),
+                 hard_square=(0.64, 0, 0.16), soft_square=(0.16, 0, 0.04), tokens=(1, 0, 1))  # fmt: skip
+    taught = {name: np.float32([10, 0, 2]) * np.float32(mean) for name, mean in means.items()}
+    taught |= {"weighted": np.float32([25, 0, 7]), "hard": np.float32([7.5, 0, 5])}
+    metrics["sums"].by_domain.update(taught)
+    found = scalars({"student": metrics}, cfg, ("even", "none", "odd"))
+    out = {name.removeprefix("student/"): x for name, x in found.items()}
+    assert out["loss"] == pytest.approx(32 / 20 + 0.01 * 2 + 0.001 * 3)
+    assert (out["kl"], out["kl/even"], out["kl/odd"]) == pytest.approx((0.4, 0.3, 0.9))
+    assert (out["missing"], out["missing/even"], out["missing/odd"]) == pytest.approx((8 / 20, 5 / 15, 3 / 5))
+    assert (out["hard"], out["hard/odd"], out["soft/odd"]) == pytest.approx((12.5 / 20, 1.0, 0.25))
+    assert (out["norm_ratio"], out["norm_cosine/even"], out["norm_cosine/odd"]) == pytest.approx((0.5, 0.625, 0.0))
+    assert out["norm_cosine"] == pytest.approx(2 / np.sqrt((6.4 + 0.32) * (1.6 + 0.08)))
+    assert "kl/none" not in out and out["teacher_better"] == pytest.approx(7 / 12)
+
+
+def test_calibration_error(make_run):
+    """Two bins: of 4 tokens said to be right at 0.5 one is, of 6 at 0.9 all are."""
+    metrics = step_metrics(2)
+    table = np.zeros((3, 15, 3))
+    table[0, 7], table[2, 13] = (4, 2.0, 1), (6, 5.4, 6)
+    sums = metrics["sums"]._replace(calibration=table, domain_tokens=np.float32([4, 0, 6]))
+    found = measured(sums, ("even", "none", "odd"))
+    assert (found["ece"], found["ece/even"], found["ece/odd"]) == pytest.approx((0.16, 0.25, 0.1))
 
 
 def test_lines_after_the_restored_step_are_dropped(tmp_path):

@@ -88,7 +88,7 @@ def losses(mesh_cfg: MeshConfig, devices: int, **how) -> np.ndarray:
     for batch in synthetic_batches(cfg, count=1) * STEPS:
         state, metrics = step(state, put_local(batch, mesh))
         sums = metrics["scout"]["sums"]
-        out.append(sums.domain_ce.sum() / sums.tokens)
+        out.append(sums.by_domain["ce"].sum() / sums.tokens)
     return np.array(out)
 
 

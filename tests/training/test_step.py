@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
@@ -19,7 +18,6 @@ from training.state import TrainState, abstract_state, create_state
 from training.step import gradient, make_train_step
 
 B, T, CHUNK, V, DOMAINS, STEPS = 8, 64, 16, 128, 2, 5
-HARD = (jnp.float32(1), jnp.float32(0))  # labels only
 SIZES = dict(
     vocab_size=V,
     chunk=CHUNK,
@@ -77,7 +75,7 @@ def losses(cfg: RunConfig, mesh_cfg: MeshConfig, devices: int) -> tuple[np.ndarr
     for batch in batches():
         state, metrics = step(state, jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC)))
         sums = metrics["scout"]["sums"]
-        out.append((sums.domain_ce.sum() + 0.01 * sums.balance + 0.001 * sums.z) / sums.tokens)
+        out.append((sums.by_domain["ce"].sum() + 0.01 * sums.balance + 0.001 * sums.z) / sums.tokens)
     return np.array(out), step._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -111,7 +109,7 @@ def test_gradients_on_a_mesh_are_those_of_one_device():
         mesh = make_mesh(sizes, jax.devices()[:devices])
         params = state_on(cfg, mesh).learners["scout"].params
         placed = jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
-        return jax.jit(gradient(cfg.learners["scout"], mesh, DOMAINS))(params, placed, HARD)[0]
+        return jax.jit(gradient(cfg.learners["scout"], mesh, DOMAINS))(params, placed)[0]
 
     want = gradients(MeshConfig(), 1)
     got = gradients(MeshConfig(fsdp=1, expert=2, context=2, tensor=2), 8)
@@ -133,8 +131,8 @@ def test_microbatches_sum_to_the_batch(remat):
     in_four = replace(learner, microbatches=4)
     params = state_on(run_config(), mesh).learners["scout"].params
     batch = batches(1)[0]
-    whole, sums, _ = jax.jit(gradient(learner, mesh, DOMAINS))(params, batch, HARD)
-    parts, part_sums, _ = jax.jit(gradient(in_four, mesh, DOMAINS))(params, batch, HARD)
+    whole, sums, _ = jax.jit(gradient(learner, mesh, DOMAINS))(params, batch)
+    parts, part_sums, _ = jax.jit(gradient(in_four, mesh, DOMAINS))(params, batch)
     assert part_sums.tokens == sums.tokens == batch.loss_mask.sum()
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         assert np.max(np.abs(a - b)) <= 1e-5 * np.max(np.abs(b))
@@ -150,7 +148,7 @@ def test_padding_is_nothing():
     padding = batch.segment_ids == 0
     assert padding.any()
     other = batch._replace(tokens=np.where(padding, 7, batch.tokens), labels=np.where(padding, 9, batch.labels))
-    for a, b in zip(*(jax.tree.leaves(apply(params, x, HARD)) for x in (batch, other)), strict=True):
+    for a, b in zip(*(jax.tree.leaves(apply(params, x)) for x in (batch, other)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7)
 
 
@@ -160,8 +158,8 @@ def test_gradients_may_be_reduced_in_bfloat16():
     params = state_on(cfg, mesh).learners["scout"].params
     batch = jax.device_put(batches(1)[0], NamedSharding(mesh, BATCH_SPEC))
     learner = cfg.learners["scout"]
-    exact = jax.jit(gradient(learner, mesh, DOMAINS))(params, batch, HARD)[0]
-    reduced = jax.jit(gradient(replace(learner, reduce_dtype="bfloat16"), mesh, DOMAINS))(params, batch, HARD)[0]
+    exact = jax.jit(gradient(learner, mesh, DOMAINS))(params, batch)[0]
+    reduced = jax.jit(gradient(replace(learner, reduce_dtype="bfloat16"), mesh, DOMAINS))(params, batch)[0]
     errors = [np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in
               zip(jax.tree.leaves(reduced), jax.tree.leaves(exact), strict=True)]  # fmt: skip
     assert 1e-5 < max(errors) < 0.02  # it does round, and no more than eight roundings of 2^-9 each

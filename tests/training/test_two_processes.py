@@ -45,7 +45,7 @@ for _ in range(3):
     mine = slice(share.part * rows, (share.part + 1) * rows)
     state, metrics = step(state, put_local(Batch(**{name: x[mine] for name, x in fields.items()}), mesh))
     sums = metrics["scout"]["sums"]
-    print("loss", float(sums.domain_ce.sum() / sums.tokens), float(metrics["scout"]["grad_norm"]), flush=True)
+    print("loss", float(sums.by_domain["ce"].sum() / sums.tokens), float(metrics["scout"]["grad_norm"]), flush=True)
 """
 
 

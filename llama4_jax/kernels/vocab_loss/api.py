@@ -1,4 +1,4 @@
-"""The loss over the vocabulary, fused with the unembedding: cross-entropy with labels, forward KL with a teacher."""
+"""The loss over the vocabulary, fused with the unembedding: cross-entropy with labels, a divergence from a teacher."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.kernels.vocab_loss import chunked
+from llama4_jax.kernels.vocab_loss.form import KL, Dense, Form, Stats
+from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 
 CHUNK = 1024
 """Rows at a time by default: 0.8 GiB of fp32 logits at a vocabulary of 202,048. Fewer would add to dW more often."""
@@ -18,17 +20,21 @@ def vocab_loss(
     labels_R: Int[Array, "R"],
     hard_R: Float[Array, "R"],
     soft_R: Float[Array, "R"] | None = None,
-    teacher: tuple[Float[Array, "R U"], Float[Array, "U V"]] | None = None,
-    temperature: float = 1.0,
+    teacher: Dense | SparseTargets | None = None,
+    form: Form = KL,
+    toward: Float[Array, ""] | None = None,
     chunk: int = CHUNK,
     columns: tuple[str, ...] = (),
     rows: tuple[str, ...] = (),
-) -> tuple[Float[Array, ""], Float[Array, "R"], Float[Array, "R"]]:
-    """sum_i hard_i CE_i + soft_i t^2 KL_i over rows i, and CE and KL of each row (constants to autodiff), in nats.
+) -> tuple[Float[Array, ""], Stats]:
+    """sum_i hard_i CE_i + soft_i g_i t^2 D_i over rows i, and statistics of each row.
 
-    CE_i = logsumexp(z_i) - z_i[label_i] with z = h W in fp32, and KL_i = sum_v p_v (log p_v - log q_v) with
-    p = softmax(teacher's z / t), q = softmax(z / t) (Hinton et al., arXiv 1503.02531; t^2 keeps the gradient's size).
-    Differentiable in `h` and `w`; weights and teacher are constants. Exact: equal to `reference` but for rounding.
+    CE_i = logsumexp(z_i) - z_i[label_i] with z = h W in fp32; D and g are `form`'s (t^2 keeps the gradient's size).
+    `toward`, in [0, 1], puts softmax((1-toward) z/t + toward z_teacher/t), student's part a constant, in the place
+    of the teacher's distribution in D (TAID: Shing et al., arXiv 2501.16937).
+    Sparse targets suit kl at temperature 1 without `toward` and disagreement: D = KL estimated from the entropy that
+    they carry (unbiased where they are), or that of the distribution with the tail as one bucket.
+    Differentiable in `h` and `w`; all else is constant. Exact: equal to `reference` but for rounding.
 
     `columns`: the mesh axes over which the columns of both unembeddings are split, the last fastest (labels stay
     global ids); the loss returned is then this device's share, and the shares sum to it. `rows`: those of them along
@@ -37,20 +43,33 @@ def vocab_loss(
     """
     if (teacher is None) != (soft_R is None):
         raise ValueError("a teacher and soft weights go together")
+    if isinstance(teacher, SparseTargets):
+        check_sparse(form, toward is not None)
     R = h_RD.shape[0]
     chunk = min(chunk, R)
-    teacher_RU, teacher_UV = teacher or (None, None)
-    targets = chunked.Targets(labels_R, hard_R, soft_R, teacher_RU, teacher_UV)
+    unembedding = teacher.unembedding if isinstance(teacher, Dense) else None
+    taught = teacher.hidden if isinstance(teacher, Dense) else teacher
+    targets = chunked.Targets(labels_R, hard_R, soft_R, taught)
     if padding := -R % chunk:  # rows that weigh nothing
 
         def pad(x):
             return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
 
-        h_RD = pad(h_RD)
-        targets = jax.tree.map(pad, targets._replace(teacher_UV=None))._replace(teacher_UV=targets.teacher_UV)
-    targets = jax.lax.stop_gradient(targets)
-    losses: tuple[jax.Array, jax.Array, jax.Array] = chunked.loss(  # pyright: ignore[reportAssignmentType]
-        h_RD, w_DV, targets, temperature, chunk, chunked.Split(columns, rows)
+        h_RD, targets = pad(h_RD), jax.tree.map(pad, targets)
+    given = jax.lax.stop_gradient((targets, unembedding, toward))
+    out: tuple[jax.Array, Stats] = chunked.loss(  # pyright: ignore[reportAssignmentType]
+        h_RD, w_DV, *given, form, chunk, chunked.Split(columns, rows)
     )
-    share, ce_R, kl_R = losses
-    return share, jax.lax.stop_gradient(ce_R[:R]), jax.lax.stop_gradient(kl_R[:R])
+    return out[0], jax.tree.map(lambda x: jax.lax.stop_gradient(x[:R]), out[1])
+
+
+def check_sparse(form: Form, interpolated: bool) -> None:
+    """ValueError for what a few entries of the teacher's distribution cannot tell."""
+    if form.kind != "kl" or form.temperature != 1:
+        raise ValueError(
+            f"sparse targets hold a few of the teacher's probabilities, at temperature 1: enough for kl alone, "
+            f"not for {form.kind} at temperature {form.temperature:g}"
+        )
+    if interpolated or form.focus == "disagreement":
+        what = "interpolation" if interpolated else "focus disagreement"
+        raise ValueError(f"{what} needs the teacher's whole distribution, which sparse targets do not hold")
