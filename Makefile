@@ -18,10 +18,10 @@ TEST_STAMP := .venv/.installed-test$(subst $(space),,$(addprefix -,$(EXTRA_LIST)
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench-cpu plans plan-accuracy canary clean
+.PHONY: help demo test test-slow lint bench-cpu plans plan-accuracy experiment experiment-teacher canary clean
 
 help: ## show the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), EXTRAS= (of: cuda tpu quant verify llama), JOBS=$(JOBS) test processes"
 
 demo: $(CORE_STAMP) ## set up and run the demonstration
@@ -52,6 +52,12 @@ plans: ## make docs/plans anew; compiled where the extras tpu and cuda, and toka
 
 plan-accuracy: ## hold the planner's estimates against the compilers' figures
 	@$(BIN)/python -m tools.plan_accuracy
+
+experiment-teacher: $(CORE_STAMP) ## train the teacher of the experiment, half an hour
+	@$(BIN)/python -m tools.experiment --teacher
+
+experiment: $(CORE_STAMP) ## distil in many ways over five seeds, with controls, and write docs/experiments.md
+	@$(BIN)/python -m tools.experiment
 
 canary: ## run the tests on Python 3.12 with the newest releases, unpinned
 	@test -x .venv-canary/bin/python || $(CANARY_PYTHON) -m venv --clear .venv-canary

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from configs import codistill, distill, pretrain
+from configs import ablation, codistill, distill, pretrain
 from training.config import RunConfig
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     f"{module.__name__.removeprefix('configs.')}:{f.__name__}": f
-    for module in (pretrain, codistill, distill)
+    for module in (pretrain, codistill, distill, ablation)
     for f in module.PRESETS
 }
 

@@ -42,6 +42,18 @@ def tiny_behemoth_teacher() -> RunConfig:
     )  # fmt: skip
 
 
+def tiny_behemoth_long() -> RunConfig:
+    """A tiny Behemoth on twenty times the tokens of its students, for experiments.
+
+    Command:  llama4 train pretrain:tiny_behemoth_long
+    Hardware: 2 CPU cores, half an hour
+    Result:   see docs/experiments.md
+    """
+    train = replace(TRAIN, steps=1250, batch=16, seed=1, eval_every=250, checkpoint_every=250)
+    behemoth = tiny_learner(tiny_behemoth())
+    return RunConfig("pretrain:tiny_behemoth_long", {"behemoth": behemoth}, DATA, train=train)
+
+
 def tiny_long() -> RunConfig:
     """A tiny Scout on rows of 512 tokens, then on rows of 2,048, at a rate that goes on falling.
 
@@ -119,5 +131,5 @@ def behemoth_8k() -> RunConfig:
 
 
 PRESETS = (
-    tiny, tiny_behemoth_teacher, tiny_long, scout_8k, scout_256k, maverick_8k, maverick_256k, behemoth_8k,
+    tiny, tiny_behemoth_teacher, tiny_behemoth_long, tiny_long, scout_8k, scout_256k, maverick_8k, maverick_256k, behemoth_8k,
 )  # fmt: skip

@@ -1,4 +1,5 @@
-"""`llama4 bench step NAME`: how fast a preset's step is here, on synthetic tokens of any shape."""
+"""`llama4 bench step NAME`: how fast a preset's step is here, on synthetic tokens of any shape; `llama4 bench distill
+NAME`: what the teacher's part of it costs, and what the fused loss saves."""
 
 from __future__ import annotations
 
@@ -14,9 +15,21 @@ TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("step",), help="step: the optimizer step, all learners of the preset")
+    parser.add_argument(
+        "what",
+        choices=("step", "distill"),
+        help="step: the optimizer step, all learners of the preset; distill: the fused loss beside the "
+        "naive one, and the step of teachers and students beside its parts",
+    )
     overrides.add_name(parser)
-    parser.usage = f"{parser.prog} step NAME [--FIELD VALUE ...] [options]"
+    parser.usage = f"{parser.prog} step|distill NAME [--FIELD VALUE ...] [options]"
+    parser.add_argument(
+        "--loss",
+        metavar="TOKENSxVOCABULARY",
+        nargs="+",
+        default=["1024x20480", "4096x20480"],
+        help="of distill: shapes of the loss (default: 1024x20480 4096x20480)",
+    )
     parser.add_argument("--batch", metavar="N", help="rows of a step, over all devices: --train.batch")
     parser.add_argument("--seq", metavar="N", help="tokens of a row: --train.seq-len")
     parser.add_argument("--at", metavar="STEP", type=int, default=0, help="of a run in stages: the one after this step")
@@ -34,20 +47,60 @@ def run(args: argparse.Namespace) -> int:
     cfg = overrides.apply(find(args.name), args).at(args.at)
     if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}")
+    shapes = [_shape(text) for text in args.loss]
+    if args.what == "distill" and not any(learner.distillation.teacher for learner in cfg.learners.values()):
+        raise ValueError(f"{args.name} has no student: take one with a teacher, such as codistill:tiny")
     import jax
 
-    from training.bench import bench_step
-
     jax.config.update("jax_enable_compilation_cache", False)  # or compile_seconds would be those of reading a file
-    result = bench_step(cfg, args.steps, args.warmup)
+    result, lines = _step(cfg, args) if args.what == "step" else _distill(cfg, shapes, args)
     if args.json == "-":
         print(json.dumps(result))
     else:
-        print("\n".join(describe(result)))
+        print("\n".join(lines))
     if args.json not in (None, "-"):
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {args.json}", file=sys.stderr)
     return 0
+
+
+def _step(cfg: Any, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    from training.bench import bench_step
+
+    result = bench_step(cfg, args.steps, args.warmup)
+    return result, describe(result)
+
+
+def _distill(cfg: Any, shapes: list[tuple[int, int]], args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    from llama4_jax.kernels.vocab_loss.form import Form
+    from training.bench_distill import bench_loss, bench_step_beside_parts
+
+    name, student = next((name, x) for name, x in cfg.learners.items() if x.distillation.teacher)
+    teacher = cfg.learners.get(student.distillation.teacher, student)
+    widths = student.model.embed_dim, teacher.model.embed_dim
+    lines = [f"loss of {name} (width {widths[0]}) and its teacher (width {widths[1]}), value and gradient, fp32"]
+    losses = []
+    for shape in shapes:
+        for measure in (False, True):
+            one = bench_loss(*shape, *widths, Form(student.distillation.divergence, measure=measure), args.steps)
+            losses.append(one)
+            what = "with statistics" if measure else "alone"
+            seconds = {how: one["seconds"][how]["median"] for how in ("fused", "naive")}
+            memory = {how: _size(one["temporaries"][how]) for how in ("fused", "naive")}
+            lines.append(f"{shape[0]} x {shape[1]} {what}: {seconds['fused']:.3g} s fused, {seconds['naive']:.3g} naive "
+                         f"({one['time_ratio']:.2f}x); temporaries {memory['fused']} and {memory['naive']}")  # fmt: skip
+    step = bench_step_beside_parts(cfg, args.steps)
+    for part, seconds in step["seconds"].items():
+        lines.append(f"step, {part}: {seconds['median']:.4g} s  (range {_pair(seconds['range'], '.4g')})")
+    lines.append(f"together over the sum of the parts: {step['overhead']:+.1%}")
+    return dict(loss=losses, step=step), lines
+
+
+def _shape(text: str) -> tuple[int, int]:
+    tokens, x, vocabulary = text.partition("x")
+    if not (x and tokens.isdecimal() and vocabulary.isdecimal() and int(tokens) and int(vocabulary)):
+        raise ValueError(f"--loss takes TOKENSxVOCABULARY, such as 4096x20480, not {text!r}")
+    return int(tokens), int(vocabulary)
 
 
 def describe(result: dict[str, Any]) -> list[str]:

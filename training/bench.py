@@ -90,8 +90,8 @@ def bench_step(cfg: RunConfig, steps: int = 10, warmup: int = 3) -> dict[str, An
     tokens = cfg.train.batch * cfg.train.seq_len
     return dict(
         preset=cfg.name, batch=cfg.train.batch, seq_len=cfg.train.seq_len, steps=steps, warmup=warmup,
-        tokens_per_second=_spread([tokens / s for s in seconds]),
-        step_seconds=_spread(seconds),
+        tokens_per_second=spread([tokens / s for s in seconds]),
+        step_seconds=spread(seconds),
         compile_seconds=dict(trace=traced - started, compile=compiled - traced),
         memory=_peak(mesh) | dict(program=_program(train_step)),
         learners=learners,
@@ -106,7 +106,8 @@ def _how(run: Any) -> dict[str, Any]:
     return {field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name != "rules"}
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median, quartiles and range."""
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     return dict(median=median, quartiles=[low, high], range=[min(values), max(values)])
 

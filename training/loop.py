@@ -41,6 +41,8 @@ from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
 from training.metrics import Console, Throughput, Writers, prefix, read, scalars
 from training.state import TrainState, abstract_state, create_state
 from training.step import make_train_step
+from training.target_sources import open_source
+from training.weighting import DOMAINS
 
 CONFIG = "config.json"
 
@@ -118,6 +120,7 @@ class _Stage:
         # A stage, or a fork, may read other rows than what was before it.
         crossing = start in [stage.after for stage in cfg.stages] or (bool(cfg.fork) and start == _fork_step(cfg))
         self.stream = corpus.train(*shape, self.cfg.train.seed, *row_share(self.mesh)[:2], place, crossing)
+        self.targets = open_targets(self.cfg, corpus.tokenizer.hash)
         held_out = corpus.heldout(*shape, self.cfg.train.eval_batches)
         self.held_out = _HeldOut(self.cfg, self.mesh, self.domains, held_out)
         self.train_step = make_train_step(self.cfg, self.mesh, len(self.domains))
@@ -125,6 +128,8 @@ class _Stage:
     def close(self) -> None:
         """Give up the devices' memory and stop reading."""
         self.stream.close()
+        for source in self.targets.values():
+            source.close()
         del self.state, self.train_step, self.held_out
 
 
@@ -137,9 +142,11 @@ def _steps(stage: _Stage, report: _Reporter, checkpoints: Checkpoints, stop: _St
     with closing(stage):
         for step in range(stage.start + 1, stage.stop + 1):
             asked = time.perf_counter()
-            batch = put_local(next(stage.stream), stage.mesh)
+            rows = next(stage.stream)
+            targets = {source: put_local(of.look_up(rows), stage.mesh) for source, of in stage.targets.items()}
+            batch = put_local(rows, stage.mesh)
             wait = time.perf_counter() - asked
-            stage.state, metrics = stage.train_step(stage.state, batch)
+            stage.state, metrics = stage.train_step(stage.state, batch, targets)
             report.finish()
             report.begin(step, metrics, wait)
             checkpoints.check()
@@ -188,6 +195,17 @@ def initial_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
     return state
 
 
+def open_targets(cfg: RunConfig, tokenizer: str) -> dict[str, Any]:
+    """What finds the targets of a batch, by the teachers that are no learners of the run; FileNotFoundError or
+    ValueError where there are none, or of another tokenizer or vocabulary."""
+    students = {learner.distillation.teacher: learner for learner in cfg.learners.values()}
+    return {
+        source: open_source(source, tokenizer, student.model.vocab_size)
+        for source, student in students.items()
+        if student.distillation.remote
+    }
+
+
 def write_config(folder: epath.Path, cfg: RunConfig) -> None:
     """The resolved config, `dataclasses.asdict` as JSON, into the run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -214,6 +232,11 @@ def _check_vocabulary(cfg: RunConfig, corpus: Corpus) -> None:
                 f"{name}'s model.vocab_size is {learner.model.vocab_size}, but the tokenizer has "
                 f"{corpus.tokenizer.vocab_size} tokens"
             )
+
+
+def _check_domains(cfg: RunConfig, corpus: Corpus) -> None:
+    if len(corpus.domains) > DOMAINS and any(learner.distillation.teacher for learner in cfg.learners.values()):
+        raise ValueError(f"a student's means have room for {DOMAINS} domains, but there are {len(corpus.domains)}")
 
 
 def _fork_step(cfg: RunConfig) -> int:
@@ -287,6 +310,7 @@ def _look_ahead(cfg: RunConfig, corpus: Corpus, start: int, say: Callable[[str],
         then = cfg.at(done)
         try:
             corpora[done] = corpus if then.data == cfg.data else corpus.of(then.data, say)
+            _check_domains(then, corpora[done])
             corpora[done].check_heldout(then.train.batch, then.train.eval_batches)
             if done == start or then.mesh.suits(devices):
                 check_fits(then, make_mesh(then.mesh))
@@ -319,8 +343,9 @@ def _where(stage: _Stage) -> str:
 # --- During the steps
 
 
-def put_local(batch: Batch, mesh: Mesh) -> Any:
-    """This process's rows of a global batch (`row_share`) onto its devices of the mesh, each with its columns."""
+def put_local(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of a global batch (`row_share`), or of their targets, onto its devices of the mesh, each with
+    its columns."""
     sharding, share = NamedSharding(mesh, BATCH_SPEC), row_share(mesh)
 
     def put(x):
@@ -360,6 +385,7 @@ class _Reporter:
 
     def __init__(self, stage: _Stage, console: Console, writers: Writers | None):
         self.cfg, self.domains, self.console, self.writers = stage.cfg, stage.domains, console, writers
+        self.targets = stage.targets
         self.tokens_seen = stage.tokens_seen  # valid ones, of all steps that are finished
         self._last = stage.stop
         self._throughput = Throughput(stage.cfg, stage.mesh)
@@ -394,11 +420,24 @@ class _Reporter:
         rates = self._throughput.report() if due or held_out else {}
         evaluation = held_out() if held_out else {}
         if self.writers and (due or evaluation):
-            record = {**scalars(values, self.cfg, self.domains), "tokens_seen": self.tokens_seen, **rates, **evaluation}
+            record = {**scalars(values, self.cfg, self.domains), **self._ages(step), "tokens_seen": self.tokens_seen,
+                      **rates, **evaluation}  # fmt: skip
             self.writers.write(step, record)
             self.console.report(step, record)
         if self.writers and held_out:  # a checkpoint may follow: the file must have what came before it
             self.writers.flush()
+
+    def _ages(self, step: int) -> dict[str, int]:
+        """teacher_step: steps that a student's teacher had made when it made these targets, where that is known; and
+        staleness, how many it has made since, of one that trains in this run."""
+        out = {}
+        for name, learner in self.cfg.learners.items():
+            teacher, start = learner.distillation.teacher, prefix(name, self.cfg)
+            if teacher in self.targets:
+                out[f"{start}teacher_step"] = self.targets[teacher].identity.teacher_step
+            elif teacher and self.cfg.learners[teacher].optimizer:
+                out |= {f"{start}teacher_step": step - 1, f"{start}staleness": 0}
+        return out
 
     def restart(self) -> None:
         """Leave out of the throughput what was done since the last step."""

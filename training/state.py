@@ -73,10 +73,11 @@ def graphdef(learner: Learner) -> nnx.GraphDef:
 
 
 def init_state(cfg: RunConfig) -> TrainState:
-    """Fresh weights and optimizer states; each learner's weights depend on the seed and its own name alone."""
+    """Fresh weights and optimizer states; a learner's weights depend on the seed and its own name alone, of which only
+    what stands before the first `-` counts: scout-a and scout-b begin alike, to be compared."""
 
     def init(name: str, learner: Learner) -> LearnerState:
-        key = jax.random.fold_in(jax.random.key(cfg.train.seed), _stable_hash(name))
+        key = jax.random.fold_in(jax.random.key(cfg.train.seed), _stable_hash(name.partition("-")[0]))
         params = nnx.split(Transformer(learner.model, nnx.Rngs(params=key)))[1]
         optimizer = learner.optimizer and make_optimizer(learner.optimizer, cfg.train.steps).init(params)
         return LearnerState(params, optimizer, learner.optimizer and weighting.init())
