@@ -163,29 +163,31 @@ def initial_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
     """Fresh optimizers; weights fresh from the seed, or from where a learner's `init` says: hf:DIR or run:DIR."""
     state = create_state(cfg, mesh)
     for name, learner in cfg.learners.items():
-        if not learner.init:
-            continue
-        state.learners[name] = state.learners[name]._replace(params=nnx.State({}))  # freed before others are loaded
-        kind, _, source = learner.init.partition(":")
-        if kind == "hf":
-            biased = learner.model.router_bias  # theirs has no bias, and ours begins at 0
-            theirs = dataclasses.replace(read_config(source), router_bias=biased)
-            _check_architecture(name, learner.init, learner.model, theirs)
-            like = abstract_params(cfg, name, mesh)
-            params = load_hf(source, shardings=jax.tree.map(lambda x: x.sharding, like), router_bias=biased)
-        elif kind == "run":
-            theirs = load_config(source).learners
-            if name not in theirs and len(theirs) > 1:
-                raise ValueError(
-                    f"{name}'s init {learner.init} holds {', '.join(theirs)}, none of them called {name!r}"
-                )
-            same = name if name in theirs else None  # else it is their only one
-            _check_architecture(name, learner.init, learner.model, theirs[same or next(iter(theirs))].model)
-            params = restore_params(source, same, mesh=mesh).params
-        else:  # the configuration has checked it
-            raise AssertionError(learner.init)
-        state.learners[name] = state.learners[name]._replace(params=params)
+        if learner.init:
+            state.learners[name] = state.learners[name]._replace(params=nnx.State({}))  # freed before others are loaded
+            state.learners[name] = state.learners[name]._replace(params=given_params(cfg, name, mesh)[0])
     return state
+
+
+def given_params(cfg: RunConfig, name: str, mesh: Mesh) -> tuple[nnx.State, int]:
+    """The weights that a learner's `init` names, on the mesh, and their step (0 where nothing says)."""
+    learner = cfg.learners[name]
+    kind, _, source = learner.init.partition(":")
+    if kind == "hf":
+        biased = learner.model.router_bias  # theirs has no bias, and ours begins at 0
+        theirs = dataclasses.replace(read_config(source), router_bias=biased)
+        _check_architecture(name, learner.init, learner.model, theirs)
+        like = abstract_params(cfg, name, mesh)
+        return load_hf(source, shardings=jax.tree.map(lambda x: x.sharding, like), router_bias=biased), 0
+    if kind == "run":
+        theirs = load_config(source).learners
+        if name not in theirs and len(theirs) > 1:
+            raise ValueError(f"{name}'s init {learner.init} holds {', '.join(theirs)}, none of them called {name!r}")
+        same = name if name in theirs else None  # else it is their only one
+        _check_architecture(name, learner.init, learner.model, theirs[same or next(iter(theirs))].model)
+        weights = restore_params(source, same, mesh=mesh)
+        return weights.params, weights.step
+    raise AssertionError(learner.init)  # the configuration has checked it
 
 
 def write_config(folder: epath.Path, cfg: RunConfig) -> None:
@@ -232,17 +234,21 @@ def _check_sources(cfg: RunConfig, corpus: Corpus) -> list[str]:
             raise ValueError(f"{cfg.fork} is at or behind the end, train.steps = {cfg.train.steps}: give more steps")
         with Checkpoints(run) as checkpoints:
             return fork.differences(cfg, checkpoints.record(step), corpus.tokenizer.hash)
-    for name, learner in cfg.learners.items():
-        folder = epath.Path(learner.init.partition(":")[2])
-        if learner.init and not (folder / CONFIG).exists():
-            hint = "; train it first" if learner.init.startswith("run:") else ""
-            raise FileNotFoundError(f"{name}'s init is {learner.init}, but {folder / CONFIG} is missing{hint}")
-        source = folder / tokenizer.MODEL_FILE
-        if learner.init and source.exists() and tokenizer.load(source).hash != corpus.tokenizer.hash:
-            raise ValueError(
-                f"{name}'s {learner.init} has another tokenizer than this run: give --data.tokenizer {source}"
-            )
+    for name in cfg.learners:
+        check_init(cfg, name, corpus.tokenizer.hash)
     return []
+
+
+def check_init(cfg: RunConfig, name: str, tokens: str) -> None:
+    """What a learner's `init` names is there, and if a tokenizer lies beside it, that one has the hash `tokens`."""
+    init = cfg.learners[name].init
+    folder = epath.Path(init.partition(":")[2])
+    if init and not (folder / CONFIG).exists():
+        hint = "; train it first" if init.startswith("run:") else ""
+        raise FileNotFoundError(f"{name}'s init is {init}, but {folder / CONFIG} is missing{hint}")
+    source = folder / tokenizer.MODEL_FILE
+    if init and source.exists() and tokenizer.load(source).hash != tokens:
+        raise ValueError(f"{name}'s {init} has another tokenizer than this run: give --data.tokenizer {source}")
 
 
 def _check_schedules(cfg: RunConfig, start: int) -> None:
@@ -319,8 +325,9 @@ def _where(stage: _Stage) -> str:
 # --- During the steps
 
 
-def put_local(batch: Batch, mesh: Mesh) -> Any:
-    """This process's rows of a global batch (`row_share`) onto its devices of the mesh, each with its columns."""
+def put_local(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of a global batch (`row_share`), or of any tree of arrays [B, T], onto its devices of the
+    mesh, each with its columns."""
     sharding, share = NamedSharding(mesh, BATCH_SPEC), row_share(mesh)
 
     def put(x):
