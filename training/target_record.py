@@ -129,7 +129,7 @@ def decode(form: Form, joined: bytes) -> SparseTargets:
     if (unused := ids == UNUSED).any():
         ids[unused], mass[unused] = -1, 0
     scalars = (fields[name].astype(np.float32) for name in ("lse", "entropy", "label_logp"))
-    return SparseTargets(ids, mass, tail, *scalars, np.ones(n, bool))  # pyright: ignore[reportArgumentType]
+    return SparseTargets._make((ids, mass, tail, *scalars, np.ones(n, bool)))
 
 
 def to_codes(mass: np.ndarray, key: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

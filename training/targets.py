@@ -19,8 +19,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -69,8 +71,8 @@ class Identity:
         if manifest.get("version") != VERSION:
             raise ValueError(f"{where} is of version {manifest.get('version')} of the format, not {VERSION}")
         form = Form(manifest["kind"], manifest["top"], manifest["draws"])
-        return cls(*(manifest[name] for name in ("tokenizer", "vocab_size", "teacher", "teacher_step")), form,
-                   manifest.get("source", ""))  # fmt: skip
+        own = ("tokenizer", "vocab_size", "teacher", "teacher_step", "source")
+        return cls(**{name: manifest[name] for name in own}, form=form)
 
 
 _NAMED = dict(tokenizer="tokenizer", vocab_size="a vocabulary of", teacher="teacher", teacher_step="teacher's step",
@@ -119,7 +121,7 @@ def pieces(batch: Batch) -> Pieces:
     labelled = np.asarray(batch.loss_mask).reshape(-1)[stops - 1] > 0
     label = np.where(labelled, np.asarray(batch.labels).reshape(-1)[stops - 1], -1)
     ends = np.stack([np.asarray(batch.positions).reshape(-1)[starts], label], axis=1).astype("<i4")
-    raw, ends = memoryview(tokens).cast("B"), ends.tobytes()
+    raw, ends = tokens.data.cast("B"), ends.tobytes()
     keys = [
         blake2b(raw[4 * start : 4 * stop], digest_size=KEY_BYTES, salt=ends[8 * i : 8 * i + 8]).digest()
         for i, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True))
@@ -145,10 +147,23 @@ def _halves(keys: Iterable[bytes]) -> np.ndarray:
 # --- Shards
 
 
+class _Scratch:
+    """A folder on the local disk, made when it is first used, and gone with this object."""
+
+    def __init__(self):
+        self.close: Callable[[], object] = lambda: None
+
+    @cached_property
+    def folder(self) -> str:
+        made = tempfile.mkdtemp(prefix="targets-")
+        self.close = weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+        return made
+
+
 class _Shard:
     """A complete shard: its manifest, its index, its records."""
 
-    def __init__(self, manifest: epath.Path, scratch: str):
+    def __init__(self, manifest: epath.Path, scratch: _Scratch):
         self.path, self._scratch = manifest, scratch
         self.facts: dict[str, Any] = json.loads(manifest.read_text())
         self.identity = Identity.from_json(self.facts, str(manifest))
@@ -184,7 +199,7 @@ class _Shard:
         source = self.path.with_suffix(suffix)
         if not _is_remote(source):
             return os.fspath(source)
-        target = epath.Path(tempfile.mkdtemp(dir=self._scratch)) / source.name
+        target = epath.Path(self._scratch.folder) / source.name
         _copy(source, target)
         return os.fspath(target)
 
@@ -203,7 +218,7 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
         shutil.copyfileobj(read, write, 2**22)
 
 
-def _open(path: epath.PathLike, scratch: str) -> list[_Shard]:
+def _open(path: epath.PathLike, scratch: _Scratch) -> list[_Shard]:
     """The complete shards of a folder, or the one of a manifest."""
     path = epath.Path(path)
     if path.suffix == ".json":
@@ -238,8 +253,8 @@ class Writer:
         """ValueError, naming both sides, if the folder holds targets of another tokenizer, teacher or form."""
         self.folder, self.identity, self.process = epath.Path(folder), identity, process
         self._shard_bytes, self._shard_seconds = shard_bytes, shard_seconds
-        self._scratch = tempfile.TemporaryDirectory(prefix="targets-")
-        self._shards = _open(self.folder, self._scratch.name)
+        self._scratch = _Scratch()
+        self._shards = _open(self.folder, self._scratch)
         for shard in self._shards:
             have, want = (_facts(of) for of in (shard.identity, identity))
             _check(self.folder, have, want, "what is to be written")
@@ -264,13 +279,13 @@ class Writer:
 
     def add(self, found: Pieces, targets: SparseTargets) -> None:
         """Write what is missing of a batch's pieces; `targets` are numpy arrays [B, T, K] and [B, T] of that batch."""
-        flat = SparseTargets(*(x.reshape(-1, *x.shape[2:]) for x in map(np.asarray, targets)))
+        flat = SparseTargets._make(x.reshape(-1, *x.shape[2:]) for x in map(np.asarray, targets))
         for i in np.flatnonzero(self.missing(found)):
             key = found.keys[i]
             if key in self._records:  # twice in this batch
                 continue
             part = slice(found.starts[i], found.stops[i])
-            self._write(key, int(found.stops[i] - found.starts[i]), SparseTargets(*(x[part] for x in flat)))
+            self._write(key, int(found.stops[i] - found.starts[i]), SparseTargets._make(x[part] for x in flat))
         old = time.monotonic() - self._since >= self._shard_seconds
         if self._file and (old or self._bytes >= self._shard_bytes):
             self._complete()
@@ -281,7 +296,7 @@ class Writer:
             self._complete()
         for shard in self._shards:
             shard.close()
-        self._scratch.cleanup()
+        self._scratch.close()
 
     def _write(self, key: bytes, tokens: int, targets: SparseTargets) -> None:
         if self._file is None:
@@ -308,7 +323,7 @@ class Writer:
             os.remove(self._local(suffix))
         manifest = self.folder / f"{self._name}.json"
         manifest.write_text(json.dumps(self.identity.to_json() | counts, indent=1) + "\n")
-        self._shards.append(_Shard(manifest, self._scratch.name))
+        self._shards.append(_Shard(manifest, self._scratch))
         self._next += 1
         self._file, self._records, self._tokens, self._bytes = None, {}, 0, 0
 
@@ -317,7 +332,7 @@ class Writer:
         return f"{self.process:05d}-{self._next:05d}"
 
     def _local(self, suffix: str) -> str:
-        return os.path.join(self._scratch.name, self._name + suffix)
+        return os.path.join(self._scratch.folder, self._name + suffix)
 
 
 class Reader:
@@ -328,10 +343,10 @@ class Reader:
         """`paths`: folders, or manifests of single shards. FileNotFoundError if there is no complete shard;
         ValueError, naming both sides, if shards differ, or are not of what is expected of them."""
         paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        self._scratch = tempfile.TemporaryDirectory(prefix="targets-")
+        self._scratch = _Scratch()
         self._shards: list[_Shard] = []
         for path in paths:
-            if not (found := _open(path, self._scratch.name)):
+            if not (found := _open(path, self._scratch)):
                 raise FileNotFoundError(f"no targets in {path}: it holds no complete shard")
             self._shards += found
         first = self._shards[0]
@@ -351,7 +366,7 @@ class Reader:
     def close(self) -> None:
         for shard in self._shards:
             shard.close()
-        self._scratch.cleanup()
+        self._scratch.close()
 
     def counts(self) -> dict[str, int]:
         """Shards, pieces, tokens, and bytes of records; a piece that two processes wrote counts twice."""
@@ -371,8 +386,8 @@ class Reader:
         have, parts = [], []
         for i in np.unique(shards[shards >= 0]).tolist():
             mine = np.flatnonzero(shards == i)
-            raw = self._shards[i].read(records[mine].tolist())
-            for piece, number, record in zip(mine, records[mine], raw, strict=True):
+            numbers = records[mine].tolist()
+            for piece, number, record in zip(mine, numbers, self._shards[i].read(numbers), strict=True):
                 try:
                     tokens = int(found.stops[piece] - found.starts[piece])
                     parts.append(record_format.payload(self.form, found.keys[piece], tokens, record))
@@ -390,8 +405,8 @@ class Reader:
 
 def _absent(shape: tuple[int, ...], entries: int) -> SparseTargets:
     ids, mass = np.full((*shape, entries), -1, np.int32), np.zeros((*shape, entries), np.float32)
-    tail, lse, entropy, label_logp = (np.zeros(shape, np.float32) for _ in range(4))
-    return SparseTargets(ids, mass, tail, lse, entropy, label_logp, np.zeros(shape, bool))  # pyright: ignore[reportArgumentType]
+    scalars = (np.zeros(shape, np.float32) for _ in range(4))
+    return SparseTargets._make((ids, mass, *scalars, np.zeros(shape, bool)))
 
 
 def _facts(identity: Identity) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def _write(
             progress.advance(wanted, trains)
         if pending is not None:
             found, targets = pending
-            values = SparseTargets(*(_local_rows(x, mesh) for x in targets))
+            values = SparseTargets._make(_local_rows(x, mesh) for x in targets)
             if writes:
                 writer.add(found, values)
             progress.tokens = writer.written["tokens"]

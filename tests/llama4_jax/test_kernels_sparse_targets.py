@@ -184,7 +184,10 @@ def equations(jaxpr):
 def test_what_is_no_kind_is_refused(form, complaint):
     with pytest.raises(ValueError, match=complaint):
         check(*form)
-    with pytest.raises(ValueError, match=complaint):
-        sparsify(*inputs(), jax.random.key(0), *form)
+
+
+def test_more_than_there_are():
+    with pytest.raises(ValueError, match="no draws"):
+        sparsify(*inputs(), jax.random.key(0), "topk", 8, 4)
     with pytest.raises(ValueError, match="vocabulary of 640"):
         sparsify(*inputs(), jax.random.key(0), "topk", 641, 0)

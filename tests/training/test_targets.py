@@ -54,7 +54,8 @@ def there_and_back(form: Form, given: SparseTargets, key: bytes = bytes(16)) -> 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_record_there_and_back(form):
     given = distribution(np.random.default_rng(0), 300, form)
-    given.ids[5, -1], given.mass[5, -1] = (-1, 0) if form.draws else (given.ids[5, -1], given.mass[5, -1])
+    if form.kind == "stratified":  # nothing was left to draw from
+        given.ids[5, form.top :], given.mass[5, form.top :] = -1, 0
     got = there_and_back(form, given)
     assert np.array_equal(got.ids, given.ids) and got.ids.dtype == np.int32 and got.present.all()
     for name in ("lse", "entropy", "label_logp"):
@@ -64,11 +65,11 @@ def test_record_there_and_back(form):
         return
     top = np.arange(form.entries) < form.top
     np.testing.assert_allclose(got.tail, given.tail, rtol=1e-6)
-    np.testing.assert_allclose(got.mass[:, ~top], given.mass[:, ~top], rtol=1e-5 if form.draws != 16 else 0.07)
-    whole = np.arange(300) != 5 if form.draws else np.ones(300, bool)  # what one entry less makes of that row's sum
+    np.testing.assert_allclose(got.mass[:, ~top], given.mass[:, ~top], rtol=1e-5)
+    whole = (np.arange(300) != 5) | (form.kind == "topk")
     np.testing.assert_allclose((got.mass.sum(-1) + got.tail)[whole], 1, atol=1e-6)
     error = np.abs(got.mass - given.mass)[:, 1 : form.top]
-    span = np.log(given.mass[:, 1:2] / given.mass[:, form.top - 1 : form.top]) + 1 / 16 + 2**-7
+    span = np.log(given.mass[:, min(form.top - 1, 1), None] / given.mass[:, form.top - 1 : form.top]) + 1 / 16 + 2**-7
     assert np.all(error <= np.expm1(span / 254) * given.mass[:, 1 : form.top] * 1.001)
     if form.top > 1:
         rms = np.sqrt(np.mean((error / given.mass[:, 1 : form.top]) ** 2))
@@ -79,7 +80,7 @@ def test_record_there_and_back(form):
 def test_rounding_is_unbiased():
     """Over many contents, and down to masses below the codes' range."""
     repeats = 4000
-    mass = np.array([0.4, 0.05, 0.011, 3e-4, 1e-7, 3e-9, 1e-12])
+    mass = np.array([0.4, 0.05, 0.011, 3e-4, 1e-7, 3e-9])
     high, span, codes = target_record.to_codes(np.repeat(mass[None], repeats, axis=0), bytes(range(16)))
     got = target_record.from_codes(high, span, codes).astype(np.float64)
     error = got.std(axis=0) / np.sqrt(repeats)
@@ -124,14 +125,9 @@ def packed(texts: list[Document], seq_len: int, rows: int) -> list[Batch]:
 
 def of_content(batch: Batch, form: Form) -> SparseTargets:
     """Targets that depend on a token's document and place, as a teacher's do."""
-    shape = batch.tokens.shape
-    flat = distribution(np.random.default_rng(0), batch.tokens.size, form)
-    out = SparseTargets(*(np.zeros_like(x) for x in flat))
-    for i in range(batch.tokens.size):
-        seed = [int(x.reshape(-1)[i]) for x in (batch.tokens, batch.positions)]
-        for into, value in zip(out, distribution(np.random.default_rng(seed), 1, form), strict=True):
-            into[i] = value[0]
-    return SparseTargets(*(x.reshape(*shape, *x.shape[1:]) for x in out))
+    table = distribution(np.random.default_rng(0), 997, form)
+    place = (batch.tokens * 31 + batch.positions) % 997
+    return SparseTargets(*(x[place] for x in table))
 
 
 def by_token(batches: list[Batch], found: list[SparseTargets]) -> dict[tuple[int, int], bytes]:
@@ -319,4 +315,4 @@ def test_through_a_local_copy(store, monkeypatch: pytest.MonkeyPatch):
     with Reader(folder) as reader:
         for a, b in zip(want, reader.look_up(batches[0]), strict=True):
             assert np.array_equal(a, b)
-        assert sorted(Path(reader._scratch.name).glob("*/*.array_record"))
+        assert sorted(Path(reader._scratch.folder).glob("*.array_record"))
