@@ -131,5 +131,6 @@ def behemoth_8k() -> RunConfig:
 
 
 PRESETS = (
-    tiny, tiny_behemoth_teacher, tiny_behemoth_long, tiny_long, scout_8k, scout_256k, maverick_8k, maverick_256k, behemoth_8k,
+    tiny, tiny_behemoth_teacher, tiny_behemoth_long, tiny_long,
+    scout_8k, scout_256k, maverick_8k, maverick_256k, behemoth_8k,
 )  # fmt: skip

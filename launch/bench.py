@@ -87,8 +87,10 @@ def _distill(cfg: Any, shapes: list[tuple[int, int]], args: argparse.Namespace) 
             what = "with statistics" if measure else "alone"
             seconds = {how: one["seconds"][how]["median"] for how in ("fused", "naive")}
             memory = {how: _size(one["temporaries"][how]) for how in ("fused", "naive")}
-            lines.append(f"{shape[0]} x {shape[1]} {what}: {seconds['fused']:.3g} s fused, {seconds['naive']:.3g} naive "
-                         f"({one['time_ratio']:.2f}x); temporaries {memory['fused']} and {memory['naive']}")  # fmt: skip
+            lines.append(
+                f"{shape[0]} x {shape[1]} {what}: {seconds['fused']:.3g} s fused, {seconds['naive']:.3g} naive "
+                f"({one['time_ratio']:.2f}x); temporaries {memory['fused']} and {memory['naive']}"
+            )
     step = bench_step_beside_parts(cfg, args.steps)
     for part, seconds in step["seconds"].items():
         lines.append(f"step, {part}: {seconds['median']:.4g} s  (range {_pair(seconds['range'], '.4g')})")

@@ -26,6 +26,7 @@ from launch import overrides
 COMMANDS = {
     "demo": ("launch.demo", "train a tiny teacher and two students here, export, verify, let them write, report"),
     "train": ("launch.train", "train a preset, with any of its fields overridden"),
+    "targets": ("launch.targets", "write a teacher's soft targets for students to read, or show what a folder holds"),
     "export": ("launch.export", "turn a run's checkpoint into a Hugging Face folder"),
     "import": ("launch.import_", "turn a Hugging Face folder into a run's checkpoint"),
     "verify": ("launch.verify", "compare a Hugging Face folder's logits with transformers' or a NumPy oracle's"),

@@ -65,8 +65,9 @@ def _write(cfg: RunConfig) -> None:
     from data.tokenizer import MODEL_FILE
     from launch.startup import open_corpus
     from training.checkpoint import Checkpoints, run_record
-    from training.loop import initial_state, write_config
+    from training.loop import write_config
     from training.mesh import check_fits, make_mesh
+    from training.start import initial_state
 
     folder = epath.Path(cfg.folder)
     if folder.exists() and any(folder.iterdir()):

@@ -3,9 +3,9 @@
     python -m tools.compile_loss                 # Scout (width 5,120) from Behemoth (16,384), 32,768 tokens a device
 
 Value and gradient of h CE + s KL over a vocabulary of 202,048, hidden states and heads in bf16, on one v5p with the
-vocabulary whole and on eight with the vocabulary split; the naive form where it is whole, on fewer tokens, too. Needs the extra `tpu`
-(libtpu, no TPU). Prints JSON lines, in GiB a device, and what a chunk's size costs: dW is read and written in fp32 once
-for each.
+vocabulary whole and on eight with the vocabulary split; the naive form where it is whole, on fewer tokens, too. Needs
+the extra `tpu` (libtpu, no TPU). Prints JSON lines, in GiB a device, and what a chunk's size costs: dW is read and
+written in fp32 once for each.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def compiled(how: str, tokens: int, chunk: int, devices: int) -> dict[str, Any]:
     specs = (rows, columns, rows, rows, rows, rows, columns)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=((rows, rows), (rows, columns)), check_vma=False)
     try:
-        m = jax.jit(mapped).lower(*args).compile().memory_analysis()
+        m: Any = jax.jit(mapped).lower(*args).compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:  # more than a chip has
         return dict(how=how, tokens=tokens, devices=devices, refused=str(error).splitlines()[0])
     hidden = 2 * tokens * (WIDTH + TEACHER)  # and dL/dh, which is as large as the student's

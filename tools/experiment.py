@@ -16,10 +16,10 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 import configs
 from configs import ablation
@@ -29,7 +29,7 @@ from training.config import RunConfig
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Two-sided 95 % point of Student's t for n seeds (n - 1 degrees of freedom)."""
 RATES = ("labels", "labels_slow", "labels_fast")
-DOCS = Path("docs/experiments.md")
+DOCS = epath.Path("docs/experiments.md")
 BEGIN, END = "<!-- the experiment's results; tools/experiment.py writes them -->", "<!-- end of the results -->"
 CORRUPTED = "code"
 CORRUPTING_STEPS = 100
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, choices=sorted(T95))
     parser.add_argument("--teacher", action="store_true", help="make the teacher, and stop")
     args = parser.parse_args()
-    folder = Path(ablation.FOLDER)
+    folder = epath.Path(ablation.FOLDER)
     teacher = finish(replace(configs.find("pretrain:tiny_behemoth_long"), out=str(folder / "teacher")))
     if args.teacher:
         return
@@ -66,12 +66,11 @@ def main() -> None:
 # --- Teachers and their targets
 
 
-def shuffle(folder: Path) -> None:
+def shuffle(folder: epath.Path) -> None:
     """The teacher with its vocabulary's columns in another order: as sure as before, of other tokens."""
     if (folder / "shuffled" / "config.json").exists():
         return
     import jax
-    from etils import epath
 
     from training.checkpoint import Checkpoints, load_config, run_record
     from training.loop import write_config
@@ -83,7 +82,7 @@ def shuffle(folder: Path) -> None:
         step = source.find()
         state, place = source.restore(step, abstract_state(cfg, make_mesh(cfg.mesh)))
         order = np.random.default_rng(0).permutation(cfg.learners["behemoth"].model.vocab_size)
-        unembedding = state.learners["behemoth"].params["unembedding"]
+        unembedding: Any = state.learners["behemoth"].params["unembedding"]
         kernel = unembedding["kernel_DV"]
         unembedding["kernel_DV"] = kernel.replace(jax.device_put(kernel.get_value()[:, order]))
         tokenizer = open_corpus(cfg).tokenizer
@@ -93,7 +92,7 @@ def shuffle(folder: Path) -> None:
     write_config(epath.Path(cfg.out), cfg)  # last: what is complete has it
 
 
-def corrupt(folder: Path) -> dict[str, float]:
+def corrupt(folder: epath.Path) -> dict[str, float]:
     """The teacher after some steps on documents of which one domain's are written backwards."""
     from data.loader import Corpus
 
@@ -116,7 +115,7 @@ def corrupt(folder: Path) -> dict[str, float]:
     return finish(replace(cfg, learners={"behemoth": learner}, data=data, train=train, out=str(folder / "corrupted")))
 
 
-def record_targets(folder: Path, seed: int) -> None:
+def record_targets(folder: epath.Path, seed: int) -> None:
     """The teacher's sparse targets of what the seed's students read; what is there already is passed over."""
     from training.target_record import Form
     from training.teach import teach
@@ -128,8 +127,8 @@ def record_targets(folder: Path, seed: int) -> None:
     if (folder / f"seed-{seed}" / "config.json").exists():
         return
     corpus = open_corpus(cfg)
-    for kind, (top, draws) in {"topk": (16, 0), "sample": (0, 12), "stratified": (8, 4)}.items():
-        teach(cfg, corpus, folder / kind, Form(kind, top, draws), learner="behemoth")
+    for form in (Form("topk", 16, 0), Form("sample", 0, 12), Form("stratified", 8, 4)):
+        teach(cfg, corpus, folder / form.kind, form, learner="behemoth")
 
 
 def _any_student(cfg: RunConfig) -> dict[str, Any]:
@@ -252,7 +251,7 @@ def write(made: Mapping[str, Any]) -> None:
     print(text)
 
 
-def draw(made: Mapping[str, Any], file: Path) -> None:
+def draw(made: Mapping[str, Any], file: epath.Path) -> None:
     """A dot and its interval for each arm."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -34,7 +34,7 @@ def bench_loss(
         def total(h, w, labels, hard, soft, teacher, loss=loss):
             return loss(h, w, labels, hard, soft, teacher, form)[0]
 
-        compiled = jax.jit(jax.value_and_grad(total, (0, 1))).lower(*args).compile()
+        compiled: Any = jax.jit(jax.value_and_grad(total, (0, 1))).lower(*args).compile()
         runs[name] = lambda compiled=compiled: compiled(*args)
         temporaries[name] = compiled.memory_analysis().temp_size_in_bytes
     seconds = in_turns(runs, repeats)

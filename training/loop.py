@@ -16,35 +16,26 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from data import tokenizer
 from data.batch import Batch
 from data.loader import Corpus
-from llama4_jax.config import ModelConfig, Rope
 from training import fork
 from training.checkpoint import (
     Checkpoints,
-    abstract_params,
     check_resumable,
-    load_config,
-    restore_params,
     run_record,
 )
 from training.config import RunConfig
 from training.evaluate import evaluate, make_eval_step
-from training.export import load_hf, read_config
 from training.flops import active_matmul_parameters
 from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
 from training.metrics import Console, Throughput, Writers, prefix, read, scalars
-from training.state import TrainState, abstract_state, create_state
+from training.start import CONFIG, check_init, initial_state, open_targets
+from training.state import TrainState, abstract_state
 from training.step import make_train_step
-from training.target_sources import open_source
 from training.weighting import DOMAINS
-
-CONFIG = "config.json"
 
 
 def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = None) -> dict[str, Any]:
@@ -166,63 +157,10 @@ def _steps(stage: _Stage, report: _Reporter, checkpoints: Checkpoints, stop: _St
 # --- Before the first step
 
 
-def initial_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
-    """Fresh optimizers; weights fresh from the seed, or from where a learner's `init` says: hf:DIR or run:DIR."""
-    state = create_state(cfg, mesh)
-    for name, learner in cfg.learners.items():
-        if not learner.init:
-            continue
-        state.learners[name] = state.learners[name]._replace(params=nnx.State({}))  # freed before others are loaded
-        kind, _, source = learner.init.partition(":")
-        if kind == "hf":
-            biased = learner.model.router_bias  # theirs has no bias, and ours begins at 0
-            theirs = dataclasses.replace(read_config(source), router_bias=biased)
-            _check_architecture(name, learner.init, learner.model, theirs)
-            like = abstract_params(cfg, name, mesh)
-            params = load_hf(source, shardings=jax.tree.map(lambda x: x.sharding, like), router_bias=biased)
-        elif kind == "run":
-            theirs = load_config(source).learners
-            if name not in theirs and len(theirs) > 1:
-                raise ValueError(
-                    f"{name}'s init {learner.init} holds {', '.join(theirs)}, none of them called {name!r}"
-                )
-            same = name if name in theirs else None  # else it is their only one
-            _check_architecture(name, learner.init, learner.model, theirs[same or next(iter(theirs))].model)
-            params = restore_params(source, same, mesh=mesh).params
-        else:  # the configuration has checked it
-            raise AssertionError(learner.init)
-        state.learners[name] = state.learners[name]._replace(params=params)
-    return state
-
-
-def open_targets(cfg: RunConfig, tokenizer: str) -> dict[str, Any]:
-    """What finds the targets of a batch, by the teachers that are no learners of the run; FileNotFoundError or
-    ValueError where there are none, or of another tokenizer or vocabulary."""
-    students = {learner.distillation.teacher: learner for learner in cfg.learners.values()}
-    return {
-        source: open_source(source, tokenizer, student.model.vocab_size)
-        for source, student in students.items()
-        if student.distillation.remote
-    }
-
-
 def write_config(folder: epath.Path, cfg: RunConfig) -> None:
     """The resolved config, `dataclasses.asdict` as JSON, into the run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-
-
-def _check_architecture(name: str, init: str, ours: ModelConfig, theirs: ModelConfig) -> None:
-    for field in dataclasses.fields(ours):
-        have, want = (getattr(_what_matters(model), field.name) for model in (theirs, ours))
-        if have != want:
-            raise ValueError(f"{init} has {field.name} = {have}, but {name}'s model has {want}")
-
-
-def _what_matters(model: ModelConfig) -> ModelConfig:
-    """The config without what does not change a trained model's output."""
-    rope = model.rope if model.rope.factor != 1 else Rope(model.rope.theta)
-    return dataclasses.replace(model, rope=rope, init_std=0.0, max_position=0)
 
 
 def _check_vocabulary(cfg: RunConfig, corpus: Corpus) -> None:
@@ -255,16 +193,8 @@ def _check_sources(cfg: RunConfig, corpus: Corpus) -> list[str]:
             raise ValueError(f"{cfg.fork} is at or behind the end, train.steps = {cfg.train.steps}: give more steps")
         with Checkpoints(run) as checkpoints:
             return fork.differences(cfg, checkpoints.record(step), corpus.tokenizer.hash)
-    for name, learner in cfg.learners.items():
-        folder = epath.Path(learner.init.partition(":")[2])
-        if learner.init and not (folder / CONFIG).exists():
-            hint = "; train it first" if learner.init.startswith("run:") else ""
-            raise FileNotFoundError(f"{name}'s init is {learner.init}, but {folder / CONFIG} is missing{hint}")
-        source = folder / tokenizer.MODEL_FILE
-        if learner.init and source.exists() and tokenizer.load(source).hash != corpus.tokenizer.hash:
-            raise ValueError(
-                f"{name}'s {learner.init} has another tokenizer than this run: give --data.tokenizer {source}"
-            )
+    for name in cfg.learners:
+        check_init(cfg, name, corpus.tokenizer.hash)
     return []
 
 
@@ -346,6 +276,9 @@ def _where(stage: _Stage) -> str:
 def put_local(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of a global batch (`row_share`), or of their targets, onto its devices of the mesh, each with
     its columns."""
+
+    """This process's rows of a global batch (`row_share`), or of any tree of arrays [B, T], onto its devices of the
+    mesh, each with its columns."""
     sharding, share = NamedSharding(mesh, BATCH_SPEC), row_share(mesh)
 
     def put(x):

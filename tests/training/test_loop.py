@@ -22,9 +22,10 @@ from data.loader import Corpus
 from training.checkpoint import Checkpoints, restore_params
 from training.config import Distillation, MeshConfig, OptimizerConfig
 from training.export import save_hf
-from training.loop import initial_state, train
+from training.loop import train
 from training.mesh import make_mesh
 from training.metrics import read
+from training.start import initial_state
 from training.state import abstract_state
 
 

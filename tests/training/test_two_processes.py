@@ -23,7 +23,8 @@ import numpy as np
 from data.batch import DTYPES, Batch
 from llama4_jax.config import tiny_scout
 from training.config import Learner, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
-from training.loop import initial_state, put_local
+from training.loop import put_local
+from training.start import initial_state
 from training.mesh import make_mesh, row_share
 from training.step import make_train_step
 

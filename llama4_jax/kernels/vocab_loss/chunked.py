@@ -113,7 +113,7 @@ def _chunk(h_CD, w_DV, t: Targets, teacher_UV, toward, form: Form, axes: tuple[s
     log_q_CV = z_CV - lse_C[:, None]
     q_CV = jnp.exp(log_q_CV)
     hard_CV = q_CV - at.one_hot(t.labels_R)
-    stats = Stats(lse_C - label_C)
+    stats, likeliest_C = Stats(lse_C - label_C), lse_C
     if form.measure or form.focus == "student_entropy":
         stats = stats._replace(entropy=-_psum(jnp.sum(q_CV * log_q_CV, axis=-1), axes))
     if form.measure:
@@ -127,7 +127,8 @@ def _chunk(h_CD, w_DV, t: Targets, teacher_UV, toward, form: Form, axes: tuple[s
     else:
         teacher_CV = jnp.einsum("CU,UV->CV", t.taught, teacher_UV, preferred_element_type=jnp.float32)
         of_teacher, soft_CV = _dense(z_CV, log_q_CV, teacher_CV, t.labels_R, toward, form, at)
-        likeliest_C = _at_likeliest(z_CV, teacher_CV, axes) if form.measure else None
+        if form.measure:
+            likeliest_C = _at_likeliest(z_CV, teacher_CV, axes)
     stats = stats._replace(**of_teacher)
     focus_C = jnp.ones_like(lse_C)
     if form.focus == "confidence":

@@ -36,7 +36,7 @@ def vocab_loss(
     if teacher is None or soft_R is None:
         return loss, constant(jax.tree.map(jnp.float32, stats))
     teacher, entropy_p_R = constant(teacher), 0.0
-    log_p_RV = p_RV = None
+    log_p_RV = p_RV = jnp.zeros_like(q_RV)
     if isinstance(teacher, Dense):
         teacher_RV = jnp.einsum("RD,DV->RV", *teacher, preferred_element_type=jnp.float32)
         log_p_RV = jax.nn.log_softmax(teacher_RV)
@@ -69,7 +69,7 @@ def vocab_loss(
             hard_norm=jnp.linalg.norm(hard_RV, axis=-1), soft_norm=jnp.linalg.norm(soft_RV, axis=-1),
             norm_product=jnp.sum(hard_RV * soft_RV, axis=-1), teacher_entropy=entropy_p_R,
         )  # fmt: skip
-        if log_p_RV is not None:
+        if isinstance(teacher, Dense):
             top = log_p_RV.argmax(axis=-1)
             stats = stats._replace(
                 kl=divergence(Form("kl"), log_p_RV, log_q_RV), reverse_kl=divergence(Form("reverse_kl"), log_p_RV,

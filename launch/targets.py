@@ -1,0 +1,93 @@
+"""`llama4 targets write NAME --out DIR` and `llama4 targets info DIR`: a teacher's soft targets, written once."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from launch import overrides
+
+if TYPE_CHECKING:
+    from training.target_record import Form
+
+TAKES_OVERRIDES = True
+SIZES = {"topk": (64, 0), "sample": (0, 12), "stratified": (32, 16)}
+"""Top and draws by default."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("write", "info"), help="write: run a preset's teacher over its rows, and go "
+                        "on where that was interrupted; info: what a folder of targets holds")  # fmt: skip
+    overrides.add_name(parser, also=" with a frozen teacher, or one learner and its init; for info, the folder")
+    parser.usage = f"{parser.prog} write NAME --out DIR [--FIELD VALUE ...] [options]\n       {parser.prog} info DIR"
+    parser.add_argument("--out", metavar="DIR", default="", help="the folder of targets to write or to add to")
+    parser.add_argument("--kind", choices=tuple(SIZES), default="stratified",
+                        help="topk: the largest and the rest as one; sample: draws; stratified: the largest, and draws "
+                        "from the rest (default: stratified)")  # fmt: skip
+    parser.add_argument("--top", metavar="K", type=int, help="the largest entries (default: 64 of topk, 32 else)")
+    parser.add_argument("--draws", metavar="M", type=int, help="entries drawn (default: 12 of sample, 16 else)")
+    parser.add_argument("--batches", metavar="N", type=int, help="of training, from the first (default: all steps)")
+    parser.add_argument("--learner", metavar="NAME", default="", help="who teaches (default: the only frozen learner)")
+    parser.add_argument("--json", action="store_true", help="print what is there as JSON; the log goes to stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.name:
+        raise ValueError(f"llama4 targets {args.action} needs {'a preset' if args.action == 'write' else 'a folder'}")
+    if args.action == "info":
+        if args.overrides:
+            raise ValueError(f"llama4 targets info takes no field {args.overrides[0][0]}")
+        facts = describe(args.name)
+    else:
+        with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+            facts = write(args)
+    print(json.dumps(facts)) if args.json else _print(facts)
+    return 0
+
+
+def write(args: argparse.Namespace) -> dict[str, Any]:
+    """What the teacher wrote, and what the folder then holds."""
+    form, out = _form(args), args.out
+    if not out:
+        raise ValueError("targets are written into a folder of their own: give --out DIR")
+    if args.batches is not None and args.batches < 1:
+        raise ValueError(f"--batches must be at least 1, not {args.batches}")
+    from launch.startup import open_corpus
+    from launch.train import find
+    from training.teach import find_teacher, teach
+
+    cfg = overrides.apply(find(args.name), args)
+    find_teacher(cfg, args.learner)  # before the corpus is read
+    written = teach(cfg, open_corpus(cfg), out, form, learner=args.learner, batches=args.batches)
+    return describe(out) | dict(written=written)
+
+
+def _form(args: argparse.Namespace) -> Form:
+    from training.target_record import Form
+
+    top, draws = SIZES[args.kind]
+    return Form(args.kind, top if args.top is None else args.top, draws if args.draws is None else args.draws)
+
+
+def describe(folder: str) -> dict[str, Any]:
+    """The manifests of a folder of targets, as one."""
+    from training.targets import Reader
+
+    with Reader(folder) as reader:
+        counts = reader.counts()
+        return dict(folder=folder, **reader.identity.to_json(), **counts,
+                    bytes_per_token=round(counts["bytes"] / counts["tokens"], 2))  # fmt: skip
+
+
+def _print(facts: dict[str, Any]) -> None:
+    f = facts
+    entries = {"topk": f"the {f['top']} largest and the rest as one", "sample": f"{f['draws']} draws",
+               "stratified": f"the {f['top']} largest, and {f['draws']} draws from the rest"}[f["kind"]]  # fmt: skip
+    print(f"targets    {f['folder']}: {f['tokens']:,} tokens in {f['pieces']:,} pieces, {f['shards']} shards")
+    print(f"form       {f['kind']}: {entries}, at temperature {f['temperature']:g}; version {f['version']}")
+    print(f"size       {f['bytes'] / 1e6:,.1f} MB, {f['bytes_per_token']} bytes a token")
+    print(f"teacher    {f['teacher']}, of {f['source'] or 'an unnamed source'} at step {f['teacher_step']:,}")
+    print(f"tokenizer  {f['vocab_size']:,} tokens, sha256 {f['tokenizer'][:16]}")
