@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from data.batch import Batch
 from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 from training.targets import Identity, Reader
 
 
+@runtime_checkable
 class TargetSource(Protocol):
     """Finds the targets of batches."""
 
