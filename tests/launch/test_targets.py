@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from etils import epath
+from flax import nnx
 
-from launch import cli
+import configs
+from data.loader import Corpus
+from launch import cli, overrides
+from launch.startup import open_corpus
+from training.checkpoint import Checkpoints, load_config, restore_params, run_record
+from training.loop import write_config
+from training.mesh import make_mesh
+from training.state import create_state, graphdef
+from training.targets import Reader
 
 MODEL = (
-    "--{0}model.chunk 16 --{0}model.embed-dim 32 --{0}model.head-dim 8 --{0}model.num-heads 2 --{0}model.num-kv-heads 2"
-    " --{0}model.expert-dim 16 --{0}model.dense-dim 16 --{0}model.num-experts 2"
+    "--model.chunk 16 --model.embed-dim 32 --model.head-dim 8 --model.num-heads 2 --model.num-kv-heads 2"
+    " --model.expert-dim 16 --model.dense-dim 16 --model.num-experts 2"
 )
 ROWS = "--data.vocab-size 320 --data.heldout 0.2 --train.batch 8 --train.seq-len 32 --train.eval-batches 2"
-FORM = "--top 4 --draws 2"
 
 
 @pytest.fixture
-def write(corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> str:
-    """The line that writes the targets of a run of six steps, once there is a teacher of two."""
+def write(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The line that writes the targets of a run of six steps, once there is a teacher: weights as a run keeps them."""
     monkeypatch.chdir(corpus.parent)
-    own = f"--data.jsonl {corpus} {ROWS}"
-    teacher = f"train pretrain:tiny --out teacher {own} {MODEL.format('')} --train.steps 2 --train.checkpoint-every 2"
-    assert cli.main(teacher.split()) == 0
-    capsys.readouterr()
-    return f"targets write pretrain:tiny {own} {MODEL.format('')} --train.steps 6 --init run:teacher {FORM}"
+    line = f"--data.jsonl {corpus} {ROWS} {MODEL} --train.steps 6"
+    args = argparse.Namespace(overrides=overrides.split(line.split(), [])[1], options=[])
+    cfg = replace(overrides.apply(configs.find("pretrain:tiny"), args), out="teacher")
+    tokenizer = open_corpus(cfg, log=lambda _: None).tokenizer
+    with Checkpoints("teacher", keep=1) as checkpoints:
+        checkpoints.save(2, create_state(cfg, make_mesh(cfg.mesh)), {}, run_record(cfg, tokenizer.hash))
+    write_config(epath.Path("teacher"), cfg)
+    tokenizer.save("teacher")
+    return f"targets write pretrain:tiny {line} --init run:teacher --top 4 --draws 2"
 
 
 def output(line: str, capsys) -> dict:
@@ -55,10 +71,6 @@ def test_write_go_on_and_read(write: str, corpus: Path, capsys):
     assert again["written"]["passed"] == again["written"]["batches"] and again["written"]["tokens"] == 0
 
     # All that a run over these rows reads is there, and is what the teacher says.
-    from data.loader import Corpus
-    from training.checkpoint import load_config
-    from training.targets import Reader
-
     cfg = load_config("teacher")
     data = Corpus.open(cfg.data, corpus.parent / "cache" / "llama4_jax")
     shape = (8, 32, 16)
@@ -79,12 +91,6 @@ def test_write_go_on_and_read(write: str, corpus: Path, capsys):
 
 def check_against_the_teacher(batch, t):
     """Against logits of the whole vocabulary."""
-    import jax
-    from flax import nnx
-
-    from training.checkpoint import restore_params
-    from training.state import graphdef
-
     weights = restore_params("teacher")
     learner = weights.config.learners["scout"]
     out = nnx.merge(graphdef(learner), weights.params)(batch.tokens, batch.positions, batch.segment_ids)

@@ -16,8 +16,11 @@ import pytest
 from etils import epath
 
 from data.loader import Corpus
+from training.checkpoint import Checkpoints, run_record
 from training.config import MeshConfig, RunConfig
-from training.loop import train, write_config
+from training.loop import write_config
+from training.mesh import make_mesh
+from training.state import create_state
 from training.targets import Reader
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -61,8 +64,10 @@ def test_two_processes_write_what_one_writes(
 ):
     """Context 2: a row within a process; 8: over both, of which the first one writes."""
     data = replace(run_config(tmp_path).data, jsonl=str(documents), vocab_size=320, heldout=0.1)
-    cfg = replace(run_config(tmp_path / "teacher", steps=2, seq_len=128, checkpoint_every=2), data=data)
-    train(cfg, corpus, log=lambda _: None)
+    cfg = replace(run_config(tmp_path / "teacher", seq_len=128), data=data)
+    with Checkpoints(cfg.folder, keep=1) as checkpoints:
+        checkpoints.save(2, create_state(cfg, make_mesh(cfg.mesh)), {}, run_record(cfg, corpus.tokenizer.hash))
+    write_config(epath.Path(cfg.folder), cfg)
     (learner,) = cfg.learners.values()
     taught = {"scout": replace(learner, init=f"run:{tmp_path / 'teacher'}")}
     cfg = replace(cfg, learners=taught, mesh=MeshConfig(context=context), train=replace(cfg.train, steps=4))
