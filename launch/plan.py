@@ -101,7 +101,7 @@ def _log(line: str) -> None:
 
 
 def _search(cfg: Any, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    from training.plan import plan, search
+    from training.plan import search
 
     found = search(cfg, args.topology)
     if not found:
@@ -115,20 +115,52 @@ def _search(cfg: Any, args: argparse.Namespace) -> tuple[dict[str, Any], list[st
     plans = []
     if not args.no_compile:
         for one in found[:COMPILED_BY_SEARCH]:
-            _log(f"compiling: {one['options'] or 'as it is'}")
-            plans.append(plan(one["cfg"], args.topology, log=_log) | dict(options=one["options"]))
-            lines += ["", f"compiled: {one['options'] or 'as it is'}", *describe(plans[-1])[1:]]
-        fitting = [p for p in plans if p["memory"]["fits"]]
-        best = min(fitting, key=lambda p: p["roofline"]["step"], default=None)
-        lines += ["", "none of the three fits once compiled; the next ones by --no-compile" if best is None else
-                  f"take: llama4 train {cfg.name} {best['options']}".rstrip()]  # fmt: skip
-        if best:
-            lines.append(
-                f"      its step is bound by {best['roofline']['bound']}, at {best['roofline']['mfu']:.0%} MFU"
-            )
+            made, why = _compiled(one, args.topology)
+            lines += ["", f"compiled: {one['options'] or 'as it is'}", *(describe(made)[1:] if made else [f"  {why}"])]
+            plans += [made] if made else []
+        lines += ["", *_winner(cfg, args.topology, plans)]
     ranked = [dict(options=one["options"], step=one["roofline"].step, bound=one["roofline"].bound,
                    peak=one["memory"].peak) for one in found]  # fmt: skip
     return dict(preset=cfg.name, topology=args.topology, ranked=ranked, compiled=plans), lines
+
+
+def _compiled(one: dict[str, Any], topology: str) -> tuple[dict[str, Any] | None, str]:
+    """(the plan of one that was found, "") or (None, why its compiler refused it); what is not installed is raised."""
+    import jax
+
+    from training.ahead import check_compiler
+    from training.plan import plan
+
+    check_compiler(topology)
+    _log(f"compiling: {one['options'] or 'as it is'}")
+    try:
+        return plan(one["cfg"], topology, log=_log) | dict(options=one["options"]), ""
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        return None, f"does not compile: {' '.join(str(error).split())[:200]}"
+
+
+def _winner(cfg: Any, topology: str, plans: list[dict[str, Any]]) -> list[str]:
+    """The fastest of those that fit once compiled, and what it does better than the preset as it is."""
+    from training.plan import plan
+
+    fitting = [one for one in plans if one["memory"]["fits"]]
+    if not fitting:
+        return ["none of those compiled fits; the next ones by --no-compile"]
+    best = min(fitting, key=lambda one: one["roofline"]["step"])
+    lines, now = [f"take: llama4 train {cfg.name} {best['options']}".rstrip()], None
+    try:
+        now = plan(cfg, topology, fast=True) if best["options"] else None
+    except ValueError as error:
+        lines.append(f"  as it is it cannot run there: {error}")
+    for what, of in (
+        ("seconds a step, at least", lambda one: f"{one['roofline']['step']:.3g}, bound by {one['roofline']['bound']}"),
+        ("FLOPs recomputed", lambda one: f"{one['flops']['again'] / one['flops']['once']:.0%}"),
+        ("GiB sent a step", lambda one: f"{sum(row['wire'] for row in one['traffic']) / GIB:,.0f}"),
+        ("GiB of a device", lambda one: f"{one['memory']['peak'] / GIB:.1f}"),
+    ):
+        against = f" (as it is, by formula: {of(now)})" if now else ""
+        lines.append(f"  {what}: {of(best)}{against}")
+    return lines
 
 
 def describe(plan: dict[str, Any]) -> list[str]:

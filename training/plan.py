@@ -253,8 +253,10 @@ def search(cfg: RunConfig, topology: str, log: Callable[[str], object] = lambda 
 
 
 def options(before: RunConfig, after: RunConfig) -> str:
-    """What to write on the command line to get from one run to the other."""
-    words = [f"--mesh.{name} {size}" for name, size in vars(after.mesh).items() if size != vars(before.mesh)[name]]
+    """What to write on the command line to get from one run to the other; an axis of -1 takes what is left anyhow."""
+    words = [
+        f"--mesh.{name} {size}" for name, size in vars(after.mesh).items() if vars(before.mesh)[name] not in (size, -1)
+    ]
     for name, learner in after.learners.items():
         old = before.learners[name]
         words += [

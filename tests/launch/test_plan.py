@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
-from training import ahead
+from training import ahead, plan
 
 TINY = "pretrain:tiny --topology v5p:2x2x1"
 
@@ -66,6 +66,38 @@ def test_a_plan_is_printed_and_written(capsys, tmp_path: Path):
     assert 0 < state < memory["arguments"] < memory["peak"] < memory["hbm"] and memory["fits"]
     assert made["run"]["tokens"] == made["run"]["steps"] * made["batch"] * made["seq_len"]
     assert made["flops"]["once"] > 0 and made["roofline"]["assumed"]["bf16"] == 459e12
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Formulas in place of compilers; of the candidates with the attention saved none compiles."""
+    real = plan.plan
+
+    def made(cfg, topology, fast=False, log=print):
+        if not fast and cfg.learners["scout"].remat == "attention":
+            raise NotImplementedError("no such kernel")
+        return real(cfg, topology, fast=True)
+
+    monkeypatch.setattr(plan, "plan", made)
+    monkeypatch.setattr(ahead, "check_compiler", lambda topology: None)
+
+
+def test_a_search_says_what_to_take_and_why(capsys, tmp_path: Path, uncompiled):
+    file = tmp_path / "search.json"
+    assert cli.main(f"plan {TINY} --search --remat nested --json {file}".split()) == 0
+    out, _ = capsys.readouterr()
+    made = json.loads(file.read_text())
+    lines = out.splitlines()
+    assert lines[0] == f"{len(made['ranked'])} ways fit; the fastest by their roofline (formulas):"
+    best = min(made["compiled"], key=lambda one: one["roofline"]["step"], default=None)
+    if best is None:
+        assert out.count("does not compile: no such kernel") == 3 and "none of those compiled fits" in out
+    else:
+        assert f"take: llama4 train pretrain:tiny {best['options']}" in lines
+        assert "seconds a step, at least: " in out and "(as it is, by formula: " in out
+    steps = [one["step"] for one in made["ranked"]]
+    assert steps == sorted(steps, key=lambda step: round(step, 3))
+    assert all("--mesh.fsdp" not in one["options"] for one in made["ranked"])  # what is left goes there anyhow
 
 
 def test_a_teachers_places_are_printed_and_written(capsys, tmp_path: Path):
