@@ -20,11 +20,15 @@ import configs
 from training.config import Learner, RunConfig, Stage
 
 
-def add_name(parser: argparse.ArgumentParser, default: str = "", also: str = "") -> None:
-    """The preset's name, `args.name`; `--help` after a name shows its fields, without one the presets."""
+def add_name(parser: argparse.ArgumentParser, default: str = "", also: str = "", **how: Any) -> None:
+    """The preset's name, `args.name`; `--help` after a name shows its fields, without one the presets.
+
+    `how` it is read, if not as one word.
+    """
     parser.usage = f"{parser.prog} {'[NAME]' if default else 'NAME'} [--FIELD VALUE ...] [options]"
     what = f"a preset{also}{f' (default: {default})' if default else ''}"
-    parser.add_argument("name", metavar="NAME", nargs="?", default=default, help=what)
+    given: dict[str, Any] = dict(metavar="NAME", nargs="?", default=default, help=what) | how
+    parser.add_argument("name", **given)
     parser.add_argument("-h", "--help", nargs=0, action=_Help, help="show this; after a NAME, all its fields")
     width = max(map(len, configs.PRESETS))
     lines = "\n".join(

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -86,6 +88,19 @@ def axis_index(names: tuple[str, ...] | str) -> jax.Array | int:
     return jax.lax.axis_index(axes) if (axes := present(names)) else 0
 
 
+_UNDRAWN = ContextVar("undrawn", default=False)
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Within it `param` draws nothing, for those who want shapes alone: tracing its draws takes most of a second."""
+    token = _UNDRAWN.set(True)
+    try:
+        yield
+    finally:
+        _UNDRAWN.reset(token)
+
+
 def param(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float | None, fp32: bool = False
 ) -> nnx.Param:
@@ -97,7 +112,7 @@ def param(
     asks for a weight's rank asks for `len(axes)`.
     """
     assert len(shape) == len(axes)
-    if not std:  # which draws nothing: other weights are the same with it and without
+    if not std or _UNDRAWN.get():  # which draws nothing: other weights are the same with it and without
         value = jnp.full(shape, 1.0 if std is None else 0.0, jnp.float32)
     else:
         value = std * jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.attention import Attention
-from llama4_jax.axes import TENSOR, Execution, psum
+from llama4_jax.axes import TENSOR, Execution, psum, undrawn
 from llama4_jax.config import LayerKind, ModelConfig
 from llama4_jax.kernels.attention.api import RESIDUALS as ATTENTION
 from llama4_jax.layers import Embedding, RMSNorm, SwiGLU, Unembedding
@@ -169,4 +169,5 @@ def neighbours(pattern: tuple[LayerKind, ...], remat: str) -> list[tuple[int, in
 
 def abstract(cfg: ModelConfig) -> Transformer:
     """The model with shapes in place of arrays: nothing is allocated, whatever the size."""
-    return nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0)))
+    with undrawn():
+        return nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0)))

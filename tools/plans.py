@@ -3,8 +3,8 @@
     python -m tools.plans               # all, each compiled in a process of its own (minutes each, see below)
     python -m tools.plans NAME ...      # some of them; the table keeps the others as they are
 
-Needs the extras tpu and cuda, and tokamax (README). A plan whose compiler is not installed is made by formula, and the
-table says so.
+Needs the extras tpu and cuda, and tokamax (README). A plan whose compiler is not installed, or takes too long, is made
+by formula, and the table says so; one that was compiled before stays, so that each compiler may have its own venv.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from training.ahead import check_compiler
 
 PLANS = Path(__file__).resolve().parent.parent / "docs" / "plans"
 GIB = 2**30
@@ -33,12 +35,22 @@ def file_of(name: str) -> Path:
     return PLANS / f"{name.replace(':', '-')}.json"
 
 
-def make(name: str, fast: bool) -> None:
-    """One plan, compiled where it can be."""
+def make(name: str, fast: bool, minutes: float) -> None:
+    """One plan, compiled where it can be in so many minutes; what was compiled elsewhere is kept where it cannot."""
     command = [sys.executable, "-m", "launch.cli", "plan", name, "--topology", TOPOLOGIES[name]]
     command += ["--json", str(file_of(name))]
     print(f"{name} on {TOPOLOGIES[name]}", flush=True)
-    subprocess.run([*command, *(["--fast"] if fast else [])], check=True, stdout=subprocess.DEVNULL)
+    if not fast:
+        try:
+            check_compiler(TOPOLOGIES[name])
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60 * minutes)
+            return
+        except (ValueError, subprocess.TimeoutExpired) as error:
+            print(f"  {error}", flush=True)
+            if file_of(name).exists() and "compiled" in json.loads(file_of(name).read_text()):
+                print("  its file stays as it was compiled before", flush=True)
+                return
+    subprocess.run([*command, "--fast"], check=True, stdout=subprocess.DEVNULL)
 
 
 def table() -> str:
@@ -89,11 +101,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TOPOLOGIES))
     parser.add_argument("--fast", action="store_true", help="by formula, nothing compiled")
+    parser.add_argument("--minutes", type=float, default=30, help="to compile one, before it is made by formula")
     args = parser.parse_args()
     if unknown := set(args.names) - set(TOPOLOGIES):
         parser.error(f"no plan {', '.join(unknown)}: there are {', '.join(TOPOLOGIES)}")
     for name in args.names or TOPOLOGIES:
-        make(name, args.fast)
+        make(name, args.fast, args.minutes)
     (PLANS / "README.md").write_text(table())
 
 

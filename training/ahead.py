@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import tempfile
 import time
 from contextlib import nullcontext
@@ -16,7 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from data.batch import DTYPES, Batch
-from training import h100
+from training import h100, hlo
 from training.config import RunConfig
 from training.mesh import BATCH_SPEC
 from training.state import abstract_state
@@ -29,6 +28,8 @@ def no_device_needed() -> None:
     """Say so to jax and libtpu; before jax is first asked for a device, which its plugins would look for."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     jax.config.update("jax_platforms", "cpu")
 
 
@@ -55,13 +56,6 @@ def abstract_batch(cfg: RunConfig, mesh: Mesh) -> Batch:
     return Batch(**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, dtype in DTYPES.items()})
 
 
-class Buffer(NamedTuple):
-    """Memory that arrays of a program take one after the other."""
-
-    bytes: int
-    arrays: str  # their types, as the compiler writes them: "2×f32[16,5120,8192], ..."
-
-
 class Cost(NamedTuple):
     """What compiling a step took, in seconds, and what the program holds on each device, in bytes."""
 
@@ -71,7 +65,10 @@ class Cost(NamedTuple):
     temporaries: int
     outputs: int  # those that do not reuse an argument's buffer
     peak: int  # as the compiler reports it, where it does
-    buffers: tuple[Buffer, ...]  # the largest ones beside the arguments; none where the compiler writes no report
+    buffers: tuple[
+        hlo.Buffer, ...
+    ]  # largest first, beside the arguments; none where the compiler writes no live ranges
+    collectives: tuple[hlo.Sent, ...]  # as compiled (`training/hlo.py`)
 
 
 def compile_step(cfg: RunConfig, mesh: Mesh, domains: int = 1) -> tuple[Any, Cost]:
@@ -83,22 +80,19 @@ def compile_step(cfg: RunConfig, mesh: Mesh, domains: int = 1) -> tuple[Any, Cos
         traced = time.perf_counter()
         compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         done = time.perf_counter()
-        buffers = _largest(Path(folder))
+        text, live = _dumped(Path(folder))
     m = compiled.memory_analysis()
     outputs = m.output_size_in_bytes - m.alias_size_in_bytes
+    buffers, sent = hlo.at_peak(live, text), hlo.collectives(text, mesh)
     cost = Cost(traced - start, done - traced, m.argument_size_in_bytes, m.temp_size_in_bytes, outputs,
-                getattr(m, "peak_memory_in_bytes", 0), buffers)  # fmt: skip
+                getattr(m, "peak_memory_in_bytes", 0), buffers, tuple(sent))  # fmt: skip
     return compiled, cost
 
 
-UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
-def _largest(folder: Path, least: int = 2**26) -> tuple[Buffer, ...]:
-    """Buffers of the compiler's report of its memory, from 64 MiB on, largest first."""
-    found = []
-    for report in folder.rglob("*memory-usage-report.txt"):
-        for line in report.read_text(encoding="utf-8").splitlines():
-            if match := re.match(r"\s*[\d.]+\w+\([^)]*\);\s*([\d.]+)(B|KiB|MiB|GiB)\s*;.*;([^;]*)$", line):
-                found.append(Buffer(round(float(match[1]) * UNITS[match[2]]), match[3].strip()))
-    return tuple(sorted((b for b in found if b.bytes >= least), reverse=True))
+def _dumped(folder: Path) -> tuple[str, str]:
+    """(the optimised program, when its values live) of the largest module; "" for what was not written."""
+    texts = sorted(folder.rglob("*after_optimizations.txt"), key=lambda file: file.stat().st_size)
+    if not texts:
+        return "", ""
+    live = texts[-1].with_name(f"{texts[-1].stem}-live-range.txt")
+    return texts[-1].read_text(encoding="utf-8"), live.read_text(encoding="utf-8") if live.exists() else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 from dataclasses import dataclass, replace
@@ -102,7 +103,8 @@ def devices(name: str, slices: int = 1) -> list[Device]:
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     chip, shape = (CHIPS.get(found[1]), [int(n) for n in found[2].split("x")]) if found else (None, [])
     if chip is None or len(shape) != (chip.torus or 2) or min(shape) < 1 or not (chip.torus or shape[1] == chip.host):
-        raise ValueError(f"no devices {name!r}: there are {', '.join(f'{n}:{_example(c)}' for n, c in CHIPS.items())}")
+        every = ", ".join(f"{kind}:{_example(one)}" for kind, one in CHIPS.items())
+        raise ValueError(f"no devices {name!r}; the nearest are {_nearest(name)!r} (all: {every})")
     platform = "tpu" if chip.torus else "cuda"
     places = list(itertools.product(*map(range, shape[::-1] if chip.torus else shape)))  # x, or the GPU, runs fastest
     made = [
@@ -112,6 +114,16 @@ def devices(name: str, slices: int = 1) -> list[Device]:
         for core in range(chip.devices)
     ]
     return [replace(device, id=i) for i, device in enumerate(made)]
+
+
+def _nearest(name: str) -> str:
+    """A name that there is: the likest kind, with the sizes given as far as it can have them."""
+    kind, _, shape = name.lower().partition(":")
+    kind = difflib.get_close_matches(kind, CHIPS, n=1, cutoff=0)[0]
+    chip, sizes = CHIPS[kind], [max(1, int(n)) for n in re.findall(r"\d+", shape)]
+    if not chip.torus:
+        return f"{kind}:{sizes[0] if sizes else 1}x{chip.host}"
+    return f"{kind}:{'x'.join(map(str, [*sizes, *[4] * chip.torus][: chip.torus]))}"
 
 
 def _example(chip: Chip) -> str:

@@ -32,8 +32,9 @@ from llama4_jax.config import LayerKind, ModelConfig
 from llama4_jax.text import neighbours
 from training.config import Learner, RunConfig
 from training.flops import ATTENTION, of_step, step_per_token
+from training.hlo import sends
 from training.memory import layer_weights, stored
-from training.program import Collective, Flops, Program, sends
+from training.program import Collective, Flops, Program
 from training.state import abstract_state, execution
 
 

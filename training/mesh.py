@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +42,8 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         )
     if int(np.prod(sizes)) != len(devices):
         shape = " x ".join(f"{n} {s}" for n, s in zip(MESH_AXES, sizes, strict=True))
-        raise ValueError(f"the mesh ({shape}) needs {int(np.prod(sizes))} devices, but there are {len(devices)}")
+        raise ValueError(f"the mesh ({shape}) needs {int(np.prod(sizes))} devices, but there are {len(devices)}: "
+                         f"the nearest that suits has {_nearest(cfg, len(devices))}")  # fmt: skip
     within, across = (replicas // slices, *rest), (slices, *[1] * len(rest))
     # Splitting a torus's axis between two of the mesh's is slower than not, and done only where nothing else fits.
     if slices > 1:
@@ -48,6 +51,17 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     else:
         grid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _nearest(cfg: MeshConfig, devices: int) -> str:
+    """The least change of one axis (or of all) by which the mesh suits so many devices."""
+    sizes = [n for n in range(1, devices + 1) if devices % n == 0]
+    changes = [
+        (abs(math.log(n / max(1, size))), f"mesh.{name} {n}")
+        for name, size in vars(cfg).items() if size != -1
+        for n in sizes if replace(cfg, **{name: n}).suits(devices)
+    ]  # fmt: skip
+    return min(changes, default=(0.0, f"mesh.fsdp {devices} and 1 along the other axes"))[1]
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
@@ -100,7 +114,9 @@ def check_fits(cfg: RunConfig, mesh: Mesh) -> None:
     shared = size[CONTEXT] * size[TENSOR]
     row_share(mesh)
     if cfg.train.seq_len % size[CONTEXT]:
-        raise ValueError(f"train.seq_len ({cfg.train.seq_len}) must be a multiple of mesh.context ({size[CONTEXT]})")
+        nearest = _divisor(cfg.train.seq_len, size[CONTEXT])
+        raise ValueError(f"train.seq_len ({cfg.train.seq_len}) must be a multiple of mesh.context ({size[CONTEXT]}): "
+                         f"the nearest that divides it is {nearest}")  # fmt: skip
     for name, learner in cfg.learners.items():
         rows = int(np.prod([size[a] for a in BATCH_AXES])) * learner.microbatches
         if cfg.train.batch % rows:
@@ -116,7 +132,12 @@ def check_fits(cfg: RunConfig, mesh: Mesh) -> None:
         for what, value, axes in _divisions(learner.model):
             ways = int(np.prod([size[a] for a in axes]))
             if value % ways:
-                raise ValueError(f"{name}: {what} ({value}) must be a multiple of {' x '.join(axes)} = {ways}")
+                raise ValueError(f"{name}: {what} ({value}) must be a multiple of {' x '.join(axes)} = {ways}: the "
+                                 f"nearest that divides it is {_divisor(value, ways)}")  # fmt: skip
+
+
+def _divisor(value: int, near: int) -> int:
+    return min((n for n in range(1, min(value, 2 * near) + 1) if value % n == 0), key=lambda n: abs(math.log(n / near)))
 
 
 def _divisions(model: ModelConfig) -> list[tuple[str, int, tuple[str, ...]]]:

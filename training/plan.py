@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from llama4_jax.axes import MESH_AXES
@@ -80,7 +81,8 @@ def _described(
     )  # fmt: skip
     if cost:
         out["compiled"] = cost._asdict() | dict(
-            buffers=[dict(bytes=b.bytes, arrays=b.arrays, what=name_of(cfg, mesh, b.arrays)) for b in cost.buffers[:12]]
+            buffers=[b._asdict() | dict(what=name_of(cfg, mesh, b.arrays)) for b in cost.buffers[:12]],
+            collectives=[one._asdict() | dict(axes="+".join(one.axes)) for one in cost.collectives],
         )
     if better := cheaper(cfg, mesh, memory):
         out["memory"]["next"] = better
@@ -127,11 +129,15 @@ def name_of(cfg: RunConfig, mesh: Mesh, arrays: str) -> str:
     if not found:
         return ""
     dtype, dims = max(found, key=lambda one: math.prod(one[1]))
+    weights = (s.params for s in abstract_state(cfg, mesh).learners.values())
+    shards = {math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(list(weights)) if len(x.shape) > 2}
     for learner in cfg.learners.values():
         model, size = learner.model, mesh.shape
         D, V = model.embed_dim, model.vocab_size // size["tensor"] // size["expert"]
         R = cfg.train.batch * cfg.train.seq_len // math.prod(size[a] for a in MESH_AXES[:4]) // learner.microbatches
         fp32 = dtype == "f32"
+        if fp32 and math.prod(dims) in shards:
+            return "weights, their gradients or moments, as stored"
         if V in dims and D in dims:
             return "embedding or head: gradient, fp32" if fp32 else "embedding or head, whole"
         if V in dims:
@@ -247,8 +253,10 @@ def search(cfg: RunConfig, topology: str, log: Callable[[str], object] = lambda 
 
 
 def options(before: RunConfig, after: RunConfig) -> str:
-    """What to write on the command line to get from one run to the other."""
-    words = [f"--mesh.{name} {size}" for name, size in vars(after.mesh).items() if size != vars(before.mesh)[name]]
+    """What to write on the command line to get from one run to the other; an axis of -1 takes what is left anyhow."""
+    words = [
+        f"--mesh.{name} {size}" for name, size in vars(after.mesh).items() if vars(before.mesh)[name] not in (size, -1)
+    ]
     for name, learner in after.learners.items():
         old = before.learners[name]
         words += [

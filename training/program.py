@@ -36,6 +36,7 @@ from llama4_jax.kernels.grouped_matmul import blocks
 from training.ahead import abstract_batch
 from training.config import Learner, RunConfig
 from training.flops import step_per_token
+from training.hlo import sends
 from training.state import abstract_state, execution
 from training.step import make_train_step
 
@@ -130,13 +131,6 @@ KINDS = dict(psum="all_reduce", pmax="all_reduce", pmin="all_reduce") | {
 def kind_of(one: Equation) -> str | None:
     """What kind of collective an equation is, None if none."""
     return KINDS.get(one.name.removesuffix("_invariant")) if one.axes else None
-
-
-def sends(kind: str, devices: int, permutation: Sequence[tuple[int, int]] = ()) -> float:
-    """Bytes on the wire for each byte of the operand (`Collective`)."""
-    if kind == "ppermute":
-        return float(any(source != target for source, target in permutation))
-    return {"all_gather": devices - 1.0, "all_reduce": 2 - 2 / devices}.get(kind, 1 - 1 / devices)
 
 
 def operands(one: Equation) -> list[Any]:

@@ -328,6 +328,17 @@ def test_presets_have_their_parameter_counts(preset, parameters):
     assert sum(math.prod(p.get_value().shape) for p in leaves) == parameters
 
 
+@pytest.mark.parametrize("cfg", [SCOUT, MAVERICK], ids=["scout", "maverick"])
+def test_shapes_without_draws_are_those_of_the_drawn(cfg):
+    """`abstract` traces no initialiser, and leaves those that come after it alone."""
+    graphdef, shapes = nnx.split(abstract(cfg))
+    drawn_graphdef, drawn = make(cfg)
+    assert graphdef == drawn_graphdef and jax.tree.structure(shapes) == jax.tree.structure(drawn)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(shapes)] == [(x.shape, x.dtype) for x in jax.tree.leaves(drawn)]
+    weights = [x for x in jax.tree.leaves(drawn) if x.ndim > 2]
+    assert all(float(jnp.std(x)) > 0 for x in weights)
+
+
 def test_patterns_are_the_familys():
     """Scout: all MoE, layers 3, 7, ... global. Maverick: MoE at odd layers."""
     assert [kind.local for kind in scout().pattern] == [True, True, True, False]

@@ -13,7 +13,7 @@ import pytest
 
 from configs import PRESETS, find
 from llama4_jax.config import tiny_behemoth, tiny_maverick, tiny_scout
-from training import ahead, memory, plan
+from training import ahead, hlo, memory, plan
 from training.chips import devices
 from training.config import Distillation, Learner, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from training.estimate import estimate_program
@@ -104,26 +104,43 @@ def test_estimates_are_near_what_compilers_reported():
     assert (PLANS / "accuracy.md").read_text() == plan_accuracy.table(found)
 
 
-REPORT = """Memory Space: default (color=0)
-Total bytes: 50362767936 (46.90GiB)
-  cumulative_size;       size;       offset; used_by_n_values; shapes_list
-  ------------------------------------------------------------
-    7.50GiB( 10%);    7.50GiB;  13930315776;                5; 5×bf16[12,4,2,8192,5120]
-   11.35GiB( 14%);    3.85GiB;  13527040000;                3; bf16[12,40], 2×f32[202048,5120]
-   12.60GiB( 53%);    1.25GiB;  27146027008;                1; bf16[1,16,5120,8192]
-   12.61GiB( 53%);    8.00MiB;  27146027008;                1; bf16[4,1024]
+LIVE = """HloLiveRange (max 5703):
+  InstructionSequence:
+    0:constant.4734.clone
+  Live ranges at 2153 (peak):
+    while.1726{1}: 8053063680 bytes (cumulative: 8053063680 bytes)
+    custom-call.312{}: 4137943040 bytes (cumulative: 12191006720 bytes)
+    gather.2{}: 1342177280 bytes (cumulative: 13533184000 bytes)
+    gather.3{}: 1342177280 bytes (cumulative: 14875361280 bytes)
+    param.187{}: 251658240 bytes (cumulative: 15127019520 bytes)
+    copy.4{}: 1024 bytes (cumulative: 15127020544 bytes)
+  Stack trace breakdown for peak usage: 15 127 020 544 bytes
 """
+TEXT = """HloModule jit_train_step
+
+ENTRY %main.237_spmd (param.187: f32[12,16,40,8192]) -> () {
+  %param.187 = f32[12,16,40,8192]{3,2,1,0:T(8,128)} parameter(6), metadata={op_name="state.learners['scout']"}
+  %custom-call.312 = f32[5120,202048]{0,1:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
+  %gather.2 = bf16[1,16,5120,8192]{3,2,1,0} fusion(%a), metadata={op_name="jit(train_step)/scout/shard_map/transpose(jvp())/while/body/layers_0_3/experts/fetch/all_gather"}
+  %gather.3 = bf16[1,16,5120,8192]{3,2,1,0} fusion(%b), metadata={op_name="jit(train_step)/scout/shard_map/transpose(jvp())/while/body/layers_0_3/experts/fetch/all_gather"}
+  %copy.4 = f32[256]{0} copy(%c)
+  %while.1726 = (s32[]{:T(128)}, /*index=1*/bf16[12,4,2,8192,5120]{4,3,2,1,0:T(8,128)(2,1)}) while(%t), condition=%c, body=%b, metadata={op_name="jit(train_step)/scout/shard_map/jvp()/while"}
+}
+"""  # noqa: E501
 
 
-def test_the_compilers_report_is_read_and_named(tmp_path):
-    (tmp_path / "module_0.x.memory-usage-report.txt").write_text(REPORT, encoding="utf-8")
-    buffers = ahead._largest(tmp_path)
-    assert [round(b.bytes / 2**30, 2) for b in buffers] == [7.5, 3.85, 1.25]
+def test_what_lives_at_the_peak_is_read_and_named():
+    buffers = hlo.at_peak(LIVE, TEXT)
+    assert [(b.bytes, b.arrays, b.where) for b in buffers] == [
+        (8053063680, "bf16[12,4,2,8192,5120]", "scout"), (4137943040, "f32[5120,202048]", ""),
+        (2684354560, "2×bf16[1,16,5120,8192]", "scout/layers_0_3/experts/fetch/backward"),
+    ]  # fmt: skip
     cfg = find("pretrain:scout_8k")
     mesh = make_mesh(cfg.mesh, devices("v5p:4x4x8"))
     assert [plan.name_of(cfg, mesh, b.arrays) for b in buffers] == [
         "inputs of 48 layers, to recompute from", "embedding or head: gradient, fp32", "feed-forward weights of a layer"
     ]  # fmt: skip
+    assert hlo.at_peak("", TEXT) == ()
 
 
 @pytest.mark.parametrize("name, topology", [

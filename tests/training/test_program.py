@@ -14,8 +14,9 @@ import pytest
 from llama4_jax.config import tiny_scout
 from training.chips import devices
 from training.config import Learner, MeshConfig, RunConfig, TrainConfig
+from training.hlo import sends
 from training.mesh import make_mesh
-from training.program import Equation, count, matmul_flops, sends, walk
+from training.program import Equation, count, matmul_flops, walk
 
 SQUARE = jnp.ones((4, 4))
 
