@@ -1,6 +1,6 @@
 """Does distillation help, which way of it, and what protects from a bad teacher? Many arms, paired over seeds.
 
-    python -m tools.experiment --teacher           # the teacher alone: twenty times a student's tokens, half an hour
+    python -m tools.experiment --teacher           # the teacher alone: forty times a student's tokens, half an hour
     python -m tools.experiment --seeds 5           # all else, and docs/experiments.md with its figure
 
 For each seed all students of `configs/ablation.py` start from the same weights and read the same tokens in the same
@@ -127,7 +127,7 @@ def record_targets(folder: epath.Path, seed: int) -> None:
     if (folder / f"seed-{seed}" / "config.json").exists():
         return
     corpus = open_corpus(cfg)
-    for form in (Form("topk", 16, 0), Form("sample", 0, 12), Form("stratified", 8, 4)):
+    for form in (Form("topk", 16, 0), Form("stratified", 8, 4)):
         teach(cfg, corpus, folder / form.kind, form, learner="behemoth")
 
 
