@@ -58,7 +58,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "jsd": CONSTANT | dict(divergence="jsd", skew=0.5),
     "taid": CONSTANT | dict(taid_start=0.4),
     # by placement
-    "topk": CONSTANT | dict(teacher=f"targets:{FOLDER}/topk"),
     "stratified": CONSTANT | dict(teacher=f"targets:{FOLDER}/stratified"),
     "young": CONSTANT | dict(teacher="young"),
     "young_competence": CONSTANT | dict(teacher="young", weighting="competence"),
