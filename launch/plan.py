@@ -23,7 +23,7 @@ DISTILL: dict[str, Any] = dict(mfu=0.4, chip_hour=2.0, tb_month=20.0, runs=2)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    overrides.add_name(parser, nargs="*", action=_Name, metavar=("[distill] NAME", "..."))
+    overrides.add_name(parser, also=", or the word distill and one", nargs="*", action=_Name)
     parser.usage = f"{parser.prog} [distill] NAME --topology KIND:SHAPE [--FIELD VALUE ...] [options]"
     parser.add_argument("--topology", required=True, metavar="KIND:SHAPE",
                         help="v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x8, or h100:HOSTSx8")  # fmt: skip
