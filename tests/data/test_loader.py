@@ -76,7 +76,7 @@ def test_unknown_domains_are_refused(cfg, tmp_path):
         Corpus.open(DataConfig(jsonl=cfg.jsonl, vocab_size=330, weights={"shrt": 0.5}), tmp_path)
 
 
-@pytest.mark.parametrize("cut", [0, 1, 2, 5, 11])
+@pytest.mark.parametrize("cut", [0, 5, 11])
 def test_a_restored_iterator_goes_on_bit_identically(corpus, cut):
     """Batches of 3 rows cut the stream in the middle of what the packer had closed and held open."""
     unbroken = take(corpus.train(3, **GRID, seed=5), 16)

@@ -83,7 +83,12 @@ def test_the_program_does_what_the_formula_says(name, seq_len):
 
 
 @pytest.mark.parametrize(
-    "name, seq_len", [("scout", LONG), ("maverick", LONG), pytest.param("scout", 8192, marks=pytest.mark.slow)]
+    "name, seq_len",
+    [
+        ("maverick", LONG),
+        pytest.param("scout", LONG, marks=pytest.mark.slow),
+        pytest.param("scout", 8192, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("remat", ["attention", "layer", "block", "nested"])
 def test_what_each_policy_computes_again(name, seq_len, remat):

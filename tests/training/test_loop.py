@@ -107,7 +107,7 @@ def test_resumed_equals_unbroken(whole, make_run, corpus, monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_stops(whole, make_run, corpus, monkeypatch, number):
     cfg, lines = make_run("stopped"), []
     handlers = signal.getsignal(number)

@@ -57,7 +57,10 @@ def matmuls(**how) -> list[tuple[tuple, str]]:
     ]
 
 
-@pytest.mark.parametrize("dispatch", ["fsdp", "all_to_all", "ragged_all_to_all"])
+@pytest.mark.parametrize(
+    "dispatch",
+    ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("all_to_all", "ragged_all_to_all"))],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_which_matmuls_have_eight_bits(kind, dispatch):
     """Of a layer's: q with k and v, output, and two each of expert and shared expert (gate with up, and down), forward

@@ -284,6 +284,7 @@ def test_ended_on_both_sides_it_ends_as_the_unbroken_one(whole, make_staged, cor
     assert_same_weights(cfg.folder, whole[0].folder)
 
 
+@pytest.mark.slow
 def test_a_stage_for_other_devices_is_said_first_and_reached(make_staged, corpus):
     cfg, lines = make_staged(stages=(replace(LONG, mesh=MeshConfig(fsdp=16)),)), []
     with pytest.raises(ValueError, match="16 devices, but there are 8"):
@@ -322,6 +323,7 @@ def test_a_fork_of_the_same_config_ends_as_its_source(whole, make_staged, corpus
         assert json.loads(Path(cfg.folder, "config.json").read_text())["fork"] == cfg.fork
 
 
+@pytest.mark.slow
 def test_a_fork_may_differ_in_all_but_its_arrays(whole, make_staged, corpus):
     """It is a run of its own, goes on when ended, and says what is different."""
     scout = whole[0].learners["scout"]
