@@ -189,7 +189,7 @@ class _Client:
         self.answers: queue.Queue[Answer | None] = queue.Queue()  # None: no more
         self._places = threading.Semaphore(server.window)
         self.held = 0  # questions read and not answered
-        self._lock = threading.Lock()
+        self._lock, self._gone = threading.Lock(), threading.Event()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._read, self._write)]
 
     def start(self) -> None:
@@ -208,7 +208,7 @@ class _Client:
     def _read(self) -> None:
         try:
             self._greet()
-            while not self.server.stopping.is_set():
+            while not (self.server.stopping.is_set() or self._gone.is_set()):
                 # Nothing is read, and the student's own program waits, while there is no place for it.
                 if not self._places.acquire(timeout=0.2):
                     continue
@@ -228,9 +228,8 @@ class _Client:
     def _greet(self) -> None:
         header, _ = self.transport.receive(0)
         if header.get("what") != "hello" or header.get("protocol") != PROTOCOL:
-            raise ValueError(
-                f"the teacher speaks version {PROTOCOL} of the protocol, the student {header.get('protocol')}"
-            )
+            raise ValueError(f"the teacher has version {PROTOCOL} of the protocol, but the student version "
+                             f"{header.get('protocol')}")  # fmt: skip
         if line := stream.disagreement(header["facts"], self.server.has):
             raise ValueError(line)
         self.transport.send(self.server.welcome())
@@ -260,6 +259,7 @@ class _Client:
                     with self._lock:
                         self.held -= 1
                     self._places.release()
+        self._gone.set()
         self.server.clients.discard(self)
         self.transport.close()
 
@@ -338,11 +338,15 @@ def make_server(
     mesh = make_mesh(cfg.mesh)
     check_fits(cfg, mesh)
     listener = bind(host, port)  # before the weights are read, which takes its time
-    params, step = given_params(cfg, name, mesh)
-    model, init = cfg.learners[name].model, cfg.learners[name].init
-    identity = Identity(tokenizer, model.vocab_size, teacher_id(params, model), step, form, init)
+    try:
+        params, step = given_params(cfg, name, mesh)
+        model, init = cfg.learners[name].model, cfg.learners[name].init
+        identity = Identity(tokenizer, model.vocab_size, teacher_id(params, model), step, form, init)
+        teacher = make_teacher(cfg, name, params, mesh, form)
+    except BaseException:
+        listener.close()
+        raise
     log(f"teacher: {name}, {init} at step {step}, {identity.teacher}; {form}")
-    teacher = make_teacher(cfg, name, params, mesh, form)
     return Server(teacher, identity, model.chunk, listener, columns=mesh.shape[CONTEXT], log=log)
 
 

@@ -226,7 +226,7 @@ class Stream:
 
     def ask(self, batch: Batch) -> None:
         """Have the targets of a batch made. At most `ahead` are asked for and not looked up: ValueError beyond."""
-        if len(self._asked) >= max(AHEAD, 1):
+        if len(self._asked) >= AHEAD:
             raise ValueError(f"{AHEAD} batches are asked for already, and none of them is looked up")
         question = _Question(self._numbers, np.shape(batch.tokens), pieces(batch), pack_rows(batch))
         self._numbers += 1
@@ -264,7 +264,8 @@ class Stream:
             assert self._transport
             with self._losing():
                 self._send()
-                header, body = self._transport.receive(_answer_bytes(self.identity.form, self._asked[0].found))
+                expected = _answer_bytes(self.identity.form, self._asked[0].found)
+                header, body = self._frame(self._transport, expected)
                 if header.get("what") == "refused":
                     raise ValueError(f"the teacher at {self.address} refuses: {header.get('why')}")
                 if header.get("what") != "answer":
@@ -283,6 +284,12 @@ class Stream:
             question = self._asked[self._sent]
             self._transport.send(dict(what="ask", number=question.number, shape=question.shape), question.body)
             self._sent += 1
+
+    def _frame(self, transport: Transport, limit: int) -> tuple[dict[str, Any], bytearray]:
+        try:
+            return transport.receive(limit)
+        except ValueError as error:
+            raise ValueError(f"{self.address}: {error}") from None
 
     def _decode(self, question: _Question, body: bytearray) -> SparseTargets:
         form, found, at, parts = self.identity.form, question.found, 0, []
@@ -310,7 +317,7 @@ class Stream:
                 raise ConnectionError(f"no teacher at {self.address} for {self._alone:.0f} s, in {self._tries} "
                                       f"attempts: {why}")  # fmt: skip
             pause = min(first * 2 ** (self._tries - 1), longest) if self._tries else 0.0
-            time.sleep(min(pause, self._patience - self._alone))
+            time.sleep(max(0.0, min(pause, self._patience - self._alone)))
             self._tries += 1
             try:
                 self._transport = self._connect()
@@ -328,7 +335,7 @@ class Stream:
         transport = Socket(socket.create_connection((self._host, self._port), timeout=left), left)
         try:
             transport.send(dict(what="hello", protocol=PROTOCOL, facts=self._needs))
-            header, _ = transport.receive(0)
+            header, _ = self._frame(transport, 0)
             if header.get("what") == "refused":
                 raise ValueError(f"the teacher at {self.address} refuses: {header.get('why')}")
             if header.get("what") != "welcome":

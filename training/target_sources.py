@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol, runtime_checkable
 
 from data.batch import Batch
@@ -70,7 +70,7 @@ class ReadAhead:
     Its state is that of the batches handed out: what was drawn beyond them is drawn again by a run that goes on there.
     """
 
-    def __init__(self, stream: Batches, sources: Iterable[TargetSource], ahead: int, steps: int):
+    def __init__(self, stream: Batches, sources: Collection[TargetSource], ahead: int, steps: int):
         self._stream, self._sources, self._ahead, self._left = stream, list(sources), ahead, steps
         self._held: deque[tuple[Batch, dict[str, Any]]] = deque()
         self._place = stream.get_state()
@@ -94,7 +94,7 @@ class ReadAhead:
         self._stream.close()
 
 
-def read_ahead(stream: Batches, sources: Iterable[TargetSource], steps: int) -> Batches:
+def read_ahead(stream: Batches, sources: Collection[TargetSource], steps: int) -> Batches:
     """The stream as far ahead of the next `steps` steps as the sources want; itself where none does."""
     ahead = max((source.ahead for source in sources), default=0)
     return ReadAhead(stream, sources, ahead, steps) if ahead else stream

@@ -23,7 +23,7 @@ from data.packing import Document, Packer, build_row
 from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 from training import stream
 from training.config import Distillation, RunConfig
-from training.loop import train
+from training.loop import train, write_config
 from training.metrics import read
 from training.serve import Server, bind, make_server
 from training.stream import ASKED_BYTES, Socket, Stream, pack_rows, unpack_rows
@@ -511,3 +511,62 @@ def test_several_processes_are_refused(taught, corpus: Corpus, monkeypatch):
 def test_an_address_that_cannot_be_had():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ValueError, match="cannot listen on"):
         bind("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_programs_and_the_death_of_one(taught, documents: Path, tmp_path: Path):
+    """`llama4 targets serve` is killed while `llama4 train` runs, and started again on its port."""
+    cfg, store = taught
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    llama4 = [sys.executable, "-m", "launch.cli"]
+    for folder, of in (("teacher", cfg), ("student", of_student(cfg, f"targets:{store}", tmp_path / "student"))):
+        data = replace(
+            of.data, jsonl=str(documents), vocab_size=320, heldout=0.1, tokenizer=str(store.parent / "teacher")
+        )
+        long = replace(of.train, steps=60, checkpoint_every=20, eval_every=30, log_every=1)
+        write_config(epath.Path(tmp_path / folder), replace(of, data=data, train=long, out=""))
+
+    def serve(port: int) -> tuple[subprocess.Popen, int]:
+        command = [
+            *llama4,
+            "targets",
+            "serve",
+            str(tmp_path / "teacher"),
+            "--listen",
+            f"127.0.0.1:{port}",
+            "--top",
+            "4",
+        ]
+        process = subprocess.Popen([*command, "--draws", "2"], env=env, stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        for line in process.stdout:
+            if found := re.match(r"listening on 127.0.0.1:(\d+)", line):
+                return process, int(found[1])
+        raise AssertionError(process.wait())
+
+    def student(out: str, source: str) -> subprocess.Popen:
+        command = [*llama4, "train", str(tmp_path / "student"), "--out", str(tmp_path / out), "--distillation.teacher"]
+        return subprocess.Popen([*command, source], env=env, stdout=subprocess.PIPE, text=True)
+
+    first, port = serve(0)
+    run = student("streamed", f"stream:127.0.0.1:{port}")
+    assert run.stdout
+    for line in run.stdout:
+        if line.startswith("step 10/"):
+            break
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second, again = serve(port)
+    rest = run.communicate(timeout=500)[0]
+    assert again == port and run.returncode == 0 and "lost the teacher at" in rest, rest
+    second.send_signal(signal.SIGTERM)
+    second.communicate(timeout=60)
+    assert second.returncode == 0
+    last = student("alone", f"stream:127.0.0.1:{port}")  # an unbroken one of the same rows
+    third, _ = serve(port)
+    assert last.communicate(timeout=500) and last.returncode == 0
+    third.send_signal(signal.SIGINT)
+    third.communicate(timeout=60)
+    assert third.returncode == 0
+    streamed, alone = (replace(cfg, out=str(tmp_path / name)) for name in ("streamed", "alone"))
+    assert len(story(streamed)) == 60 and story(streamed) == story(alone)
