@@ -4,8 +4,8 @@ A command is a module with `add_arguments(parser)` and `run(args) -> exit status
 so that `llama4 X --help` answers at once. Options that a command with `TAKES_OVERRIDES` does not know are fields of the
 run's configuration (`launch/overrides.py`); they arrive as `args.overrides`.
 
-Exit status: 0 done, 1 failed (diverged, not equal, or with the traceback of what nobody foresaw), 2 wrong input (one
-line on stderr), 130 and 143 stopped by Ctrl-C and SIGTERM.
+Exit status: 0 done, 1 failed (diverged, not equal, its teacher gone, or with the traceback of what nobody foresaw), 2
+wrong input (one line on stderr), 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except ConnectionError as error:
+        if not _is_ours(error):
+            raise
+        print(f"llama4: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("llama4: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -112,6 +117,11 @@ def _is_input(error: Exception) -> bool:
         return True
     if isinstance(error, ModuleNotFoundError):  # a broken installation: which import it was is worth knowing
         return False
+    return _is_ours(error)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this project's code raised it."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     ours = Path(__file__).resolve().parent.parent
     packages = ("launch", "configs", "training", "data", "llama4_jax")

@@ -1,4 +1,5 @@
-"""`llama4 targets write NAME --out DIR` and `llama4 targets info DIR`: a teacher's soft targets, written once."""
+"""`llama4 targets write NAME --out DIR` and `llama4 targets info DIR`: a teacher's soft targets, written once; `llama4
+targets serve NAME --listen HOST:PORT`: made for students of other programs while they train."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ import argparse
 import contextlib
 import json
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from launch import overrides
 
 if TYPE_CHECKING:
+    from training.config import RunConfig
     from training.target_record import Form
 
 TAKES_OVERRIDES = True
@@ -19,11 +22,19 @@ SIZES = {"topk": (64, 0), "sample": (0, 12), "stratified": (32, 16)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("write", "info"), help="write: run a preset's teacher over its rows, and go "
-                        "on where that was interrupted; info: what a folder of targets holds")  # fmt: skip
+    parser.add_argument("action", choices=("write", "serve", "info"), help="write: run a preset's teacher over its "
+                        "rows, and go on where that was interrupted; serve: let it answer students whose "
+                        "distillation.teacher is stream:HOST:PORT; info: what a folder of targets holds")  # fmt: skip
     overrides.add_name(parser, also=" with a frozen teacher, or one learner and its init; for info, the folder")
-    parser.usage = f"{parser.prog} write NAME --out DIR [--FIELD VALUE ...] [options]\n       {parser.prog} info DIR"
+    parser.usage = (
+        f"{parser.prog} write NAME --out DIR [--FIELD VALUE ...] [options]\n       {parser.prog} serve NAME "
+        f"[--listen HOST:PORT] [--FIELD VALUE ...] [options]\n       {parser.prog} info DIR"
+    )
     parser.add_argument("--out", metavar="DIR", default="", help="the folder of targets to write or to add to")
+    parser.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:0",
+                        help="of serve: where students connect; port 0 takes a free one, which is printed (default: "
+                        "127.0.0.1:0). Nothing is encrypted and nobody is asked who they are: keep it on a private "
+                        "network")  # fmt: skip
     parser.add_argument("--kind", choices=tuple(SIZES), default="stratified",
                         help="topk: the largest and the rest as one; sample: draws; stratified: the largest, and draws "
                         "from the rest (default: stratified)")  # fmt: skip
@@ -36,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not args.name:
-        raise ValueError(f"llama4 targets {args.action} needs {'a preset' if args.action == 'write' else 'a folder'}")
+        raise ValueError(f"llama4 targets {args.action} needs {'a folder' if args.action == 'info' else 'a preset'}")
+    if args.action == "serve":
+        serve(args)
+        return 0
     if args.action == "info":
         if args.overrides:
             raise ValueError(f"llama4 targets info takes no field {args.overrides[0][0]}")
@@ -63,6 +77,41 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
     find_teacher(cfg, args.learner)  # before the corpus is read
     written = teach(cfg, open_corpus(cfg), out, form, learner=args.learner, batches=args.batches)
     return describe(out) | dict(written=written)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Answer students until SIGTERM or SIGINT, and then what they asked before."""
+    form = _form(args)
+    for option in ("out", "batches", "json"):
+        if getattr(args, option):
+            raise ValueError(f"llama4 targets serve takes no --{option}")
+    from launch.train import find
+    from training.serve import make_server, stopped_by_signals
+    from training.stream import place
+    from training.teach import find_teacher
+
+    host, port = place(args.listen)
+    cfg = overrides.apply(find(args.name), args)
+    name = find_teacher(cfg, args.learner)
+    tokenizer = _tokenizer_hash(cfg, name)
+    server = make_server(cfg, tokenizer, form, host, port, learner=name, log=partial(print, flush=True))
+    with stopped_by_signals(server):
+        server.run()
+
+
+def _tokenizer_hash(cfg: RunConfig, name: str) -> str:
+    """Of the tokenizer beside the teacher's weights, else of the run's own; only that may take its corpus."""
+    from etils import epath
+
+    from data import tokenizer
+    from launch.startup import open_corpus
+
+    beside = epath.Path(cfg.learners[name].init.partition(":")[2]) / tokenizer.MODEL_FILE
+    if not cfg.data.tokenizer and not beside.exists():
+        return open_corpus(cfg).tokenizer.hash
+    found = tokenizer.load(cfg.data.tokenizer or beside)
+    overrides.check_vocabulary(cfg, found.vocab_size)
+    return found.hash
 
 
 def _form(args: argparse.Namespace) -> Form:

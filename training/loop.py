@@ -35,6 +35,7 @@ from training.metrics import Console, Throughput, Writers, prefix, read, scalars
 from training.start import CONFIG, check_init, initial_state, open_targets
 from training.state import TrainState, abstract_state
 from training.step import make_train_step
+from training.target_sources import read_ahead
 from training.weighting import DOMAINS
 
 
@@ -64,7 +65,7 @@ def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = 
         console = stack.enter_context(closing(Console(cfg, start, log)))
         corpora = _look_ahead(cfg, corpus, start, console.line)
         with _source(folder, newest, cfg) as source:
-            stage = _Stage(cfg, corpora[start], start, source)
+            stage = _Stage(cfg, corpora[start], start, source, console.line)
         for line in _describe(stage, folder, newest, changes):
             console.line(line)
 
@@ -82,7 +83,7 @@ def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = 
         while step < steps and stop.signal is None:
             checkpoints.wait()
             multihost_utils.sync_global_devices("the checkpoint that the next stage begins from is written")
-            stage = _Stage(cfg, corpora[step], step, checkpoints)
+            stage = _Stage(cfg, corpora[step], step, checkpoints, console.line)
             console.line(f"after step {step}: {_where(stage)}")
             step = _steps(stage, _Reporter(stage, console, writers), checkpoints, stop, record)
     # Leaving the block has waited for the last checkpoint, and raised if it was not written.
@@ -93,7 +94,9 @@ def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = 
 class _Stage:
     """Where the steps from `start` to `stop` are made: the mesh, the state on it, its data, its compiled functions."""
 
-    def __init__(self, cfg: RunConfig, corpus: Corpus, start: int, source: Checkpoints | None):
+    def __init__(
+        self, cfg: RunConfig, corpus: Corpus, start: int, source: Checkpoints | None, say: Callable[[str], object]
+    ):
         """`source` holds the checkpoint of step `start`, None where the run begins with a state of its own."""
         self.start, self.stop = start, cfg.stage_end(start)
         self.cfg, self.domains = cfg.at(start), corpus.domains
@@ -110,8 +113,9 @@ class _Stage:
         shape = (self.cfg.train.batch, self.cfg.train.seq_len, chunk)
         # A stage, or a fork, may read other rows than what was before it.
         crossing = start in [stage.after for stage in cfg.stages] or (bool(cfg.fork) and start == _fork_step(cfg))
-        self.stream = corpus.train(*shape, self.cfg.train.seed, *row_share(self.mesh)[:2], place, crossing)
-        self.targets = open_targets(self.cfg, corpus.tokenizer.hash)
+        stream = corpus.train(*shape, self.cfg.train.seed, *row_share(self.mesh)[:2], place, crossing)
+        self.targets = open_targets(self.cfg, corpus.tokenizer.hash, say)
+        self.stream = read_ahead(stream, self.targets.values(), self.stop - start)
         held_out = corpus.heldout(*shape, self.cfg.train.eval_batches)
         self.held_out = _HeldOut(self.cfg, self.mesh, self.domains, held_out)
         self.train_step = make_train_step(self.cfg, self.mesh, len(self.domains))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import jax
 from etils import epath
@@ -16,7 +16,7 @@ from training.checkpoint import abstract_params, load_config, restore_params
 from training.config import RunConfig
 from training.export import load_hf, read_config
 from training.state import TrainState, create_state
-from training.target_sources import open_source
+from training.target_sources import TargetSource, open_source
 
 CONFIG = "config.json"
 """Of a run's folder, and of a Hugging Face folder."""
@@ -78,12 +78,12 @@ def _what_matters(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, rope=rope, init_std=0.0, max_position=0)
 
 
-def open_targets(cfg: RunConfig, tokenizer: str) -> dict[str, Any]:
-    """What finds the targets of a batch, by the teachers that are no learners of the run; FileNotFoundError or
-    ValueError where there are none, or of another tokenizer or vocabulary."""
+def open_targets(cfg: RunConfig, tokenizer: str, say: Callable[[str], object] = print) -> dict[str, TargetSource]:
+    """What finds the targets of a batch, by the teachers that are no learners of the run; raises as `open_source`."""
+    chunk = next(iter(cfg.learners.values())).model.chunk  # that of the rows
     students = {learner.distillation.teacher: learner for learner in cfg.learners.values()}
     return {
-        source: open_source(source, tokenizer, student.model.vocab_size)
+        source: open_source(source, tokenizer, student.model.vocab_size, chunk, say)
         for source, student in students.items()
         if student.distillation.remote
     }

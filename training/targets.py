@@ -373,6 +373,11 @@ class Reader:
         names = ("pieces", "tokens", "bytes")
         return dict(shards=len(self._shards)) | {n: sum(shard.facts[n] for shard in self._shards) for n in names}
 
+    ahead = 0  # it answers at once
+
+    def ask(self, batch: Batch) -> None:
+        """Nothing to prepare."""
+
     def look_up(self, batch: Batch) -> SparseTargets:
         """The targets of a batch, numpy arrays [B, T, K] and [B, T]; where there is none, and in padding, `present` is
         False, ids are -1, and all else is 0.
@@ -380,8 +385,7 @@ class Reader:
         Each record is checked against its checksum, and against the hash and number of the batch's own tokens:
         ValueError names the shard and the record that fails.
         """
-        found, shape, K = pieces(batch), np.shape(batch.tokens), self.form.entries
-        out = _absent(shape, K)
+        found = pieces(batch)
         shards, records = _find(self._shards, found.keys, self._last)
         have, parts = [], []
         for i in np.unique(shards[shards >= 0]).tolist():
@@ -395,12 +399,19 @@ class Reader:
                     raise ValueError(f"{self._shards[i].where(number)}: {error}") from None
             have.append(mine)
             self._last = i
-        if have:
-            chosen = np.concatenate(have)
-            places = Pieces([], found.starts[chosen], found.stops[chosen]).places
-            for into, values in zip(out, record_format.decode(self.form, b"".join(parts)), strict=True):
-                into.reshape(-1, *into.shape[2:])[places] = values
-        return out
+        chosen = np.concatenate(have) if have else np.zeros(0, int)
+        there = Pieces([], found.starts[chosen], found.stops[chosen])
+        return unpacked(self.form, np.shape(batch.tokens), there, parts)
+
+
+def unpacked(form: Form, shape: tuple[int, ...], there: Pieces, payloads: Sequence[memoryview]) -> SparseTargets:
+    """The targets [B, T, K] and [B, T] of a batch of that shape, from the records' payloads of its pieces `there`."""
+    out = _absent(shape, form.entries)
+    if payloads:
+        places = there.places
+        for into, values in zip(out, record_format.decode(form, b"".join(payloads)), strict=True):
+            into.reshape(-1, *into.shape[2:])[places] = values
+    return out
 
 
 def _absent(shape: tuple[int, ...], entries: int) -> SparseTargets:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,3 +133,57 @@ def test_wrong_input_is_one_line(write: str, capsys):
         path.write_text(json.dumps(whole | {name: "another"}))
         line = error(f"{write} --batches 1 --out store", capsys)
         assert f"store holds targets of {what} another, but what is to be written has {manifest[name]}" in line
+
+
+def test_serve_until_a_signal(write: str, corpus: Path, capsys):
+    """A student asks, and SIGTERM ends the server with status 0."""
+    from data import tokenizer
+    from data.loader import Corpus
+    from training.checkpoint import load_config
+    from training.stream import Stream
+
+    cfg = load_config("teacher")
+    data = Corpus.open(cfg.data, corpus.parent / "cache" / "llama4_jax")
+    rows = data.train(8, 32, 16, cfg.train.seed)
+    batch, found = next(rows), []
+    rows.close()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def student() -> None:
+        try:
+            source = Stream(address, tokenizer.load("teacher").hash, 320, 16, patience=300.0)
+            found.append(source.look_up(batch))
+            source.close()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=student)
+    asking.start()
+    assert cli.main([*write.replace("targets write", "targets serve").split(), "--listen", address]) == 0
+    asking.join()
+    assert np.array_equal(found[0].present, batch.segment_ids > 0)
+    check_against_the_teacher(batch, found[0])
+    shown = capsys.readouterr().out
+    assert "run:teacher at step 2" in shown and f"\nlistening on {address}\n" in shown
+
+
+def test_serve_refuses_in_one_line(write: str, capsys):
+    serve = write.replace("targets write", "targets serve")
+    assert "takes no --out" in error(f"{serve} --out store", capsys)
+    assert "an address is HOST:PORT" in error(f"{serve} --listen here", capsys)
+    assert "with a port of at most 65535" in error(f"{serve} --listen localhost:70000", capsys)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert f"cannot listen on {address}: Address already in use" in error(f"{serve} --listen {address}", capsys)
+
+
+def test_a_teacher_that_never_comes_is_a_failure(write: str, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("training.stream.PATIENCE", 0.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    line = write.replace("targets write", "train").replace("--init run:teacher", "").replace("--top 4 --draws 2", "")
+    assert cli.main([*line.split(), "--out", "run", "--distillation.teacher", f"stream:{address}"]) == 1
+    assert f"error: no teacher at {address} for" in capsys.readouterr().err.splitlines()[-1]
