@@ -1,6 +1,6 @@
-"""Which way of distilling helps, and what protects from a bad teacher: many students of one teacher pass, side by side.
+"""Which way of distilling helps, and what protects from a bad teacher: students of one teacher pass, side by side.
 
-All arms of a run start from the same weights (`training/state.py`: what stands before a name's first `-` counts) and
+All arms start from the same weights (`training/state.py`: what stands before a name's first `-` counts) and
 read the same rows, so that over seeds their losses are paired. `make experiment` makes the teachers and the recorded
 targets, runs the seeds and writes docs/experiments.md.
 """
@@ -19,29 +19,61 @@ FOLDER = "runs/ablation"
 STEPS = 125
 
 
-def tiny() -> RunConfig:
-    """Tiny Scouts and Mavericks by weighting, divergence and placement of the teacher, with controls.
+def labels() -> RunConfig:
+    """Labels alone, at three learning rates: the best of them is what all other arms are held against.
 
     Command:  make experiment
-    Hardware: 2 CPU cores, some five minutes a seed
+    Hardware: 2 CPU cores, two minutes a seed
     Result:   docs/experiments.md
     """
-    learners = {
-        "behemoth": _teacher("teacher"),
-        "behemoth-shuffled": _teacher("shuffled"),
-        "behemoth-corrupted": _teacher("corrupted"),
-        "young": pretrain.tiny_learner(tiny_behemoth()),
-        **{f"scout-{name}": _student(tiny_scout(), **how) for name, how in ARMS.items()},
-        **{f"maverick-{name}": _student(tiny_maverick(), **ARMS[name]) for name in MAVERICK_ARMS},
-    }
-    train = replace(pretrain.TRAIN, steps=STEPS, batch=4, eval_every=STEPS, checkpoint_every=STEPS, eval_batches=16)
-    return RunConfig("ablation:tiny", learners, pretrain.DATA, train=train)
+    return _run("labels", "labels", "labels_slow", "labels_fast", maverick="labels")
+
+
+def weighting() -> RunConfig:
+    """How much soft targets weigh over time, by token, by gradient and by domain.
+
+    Command:  make experiment
+    Hardware: 2 CPU cores, three minutes a seed
+    Result:   docs/experiments.md
+    """
+    arms = ("constant", "wsd", "confidence", "gradient_norm", "competence")
+    return _run("weighting", *arms, maverick="constant")
+
+
+def divergence() -> RunConfig:
+    """What is compared with the teacher.
+
+    Command:  make experiment
+    Hardware: 2 CPU cores, two minutes a seed
+    Result:   docs/experiments.md
+    """
+    return _run("divergence", "reverse_kl", "jsd", "taid")
+
+
+def placement() -> RunConfig:
+    """Recorded targets, and a teacher as young as its students, which trains beside them.
+
+    Command:  make experiment
+    Hardware: 2 CPU cores, two minutes a seed
+    Result:   docs/experiments.md
+    """
+    return _run("placement", "stratified", "young", "young_competence")
+
+
+def controls() -> RunConfig:
+    """A teacher whose vocabulary is shuffled must hurt; from one that is corrupted on code a gate must protect.
+
+    Command:  make experiment
+    Hardware: 2 CPU cores, two minutes a seed
+    Result:   docs/experiments.md
+    """
+    return _run("controls", "shuffled", "corrupted", "corrupted_competence")
 
 
 RATE = 3e-3
 CONSTANT: dict[str, Any] = dict(teacher="behemoth", schedule="constant", soft=0.9)
 ARMS: dict[str, dict[str, Any]] = {
-    # labels alone, at three rates: the best of them is what the others are held against
+    # labels alone
     "labels": dict(),
     "labels_slow": dict(rate=RATE / 2),
     "labels_fast": dict(rate=RATE * 2),
@@ -61,12 +93,28 @@ ARMS: dict[str, dict[str, Any]] = {
     "stratified": CONSTANT | dict(teacher=f"targets:{FOLDER}/stratified"),
     "young": CONSTANT | dict(teacher="young"),
     "young_competence": CONSTANT | dict(teacher="young", weighting="competence"),
-    # controls: a teacher whose vocabulary is shuffled must hurt; of one that is corrupted on code a gate must protect
+    # controls
     "shuffled": CONSTANT | dict(teacher="behemoth-shuffled"),
     "corrupted": CONSTANT | dict(teacher="behemoth-corrupted"),
     "corrupted_competence": CONSTANT | dict(teacher="behemoth-corrupted", weighting="competence"),
 }
-MAVERICK_ARMS = ("labels", "constant")
+
+
+def _run(name: str, *arms: str, maverick: str = "") -> RunConfig:
+    """Scouts of these arms, a Maverick of one, and the teachers they need."""
+    students = {f"scout-{arm}": _student(tiny_scout(), **ARMS[arm]) for arm in arms}
+    if maverick:
+        students[f"maverick-{maverick}"] = _student(tiny_maverick(), **ARMS[maverick])
+    needed = {learner.distillation.teacher for learner in students.values()}
+    teachers = {
+        "behemoth": _teacher("teacher"),
+        "behemoth-shuffled": _teacher("shuffled"),
+        "behemoth-corrupted": _teacher("corrupted"),
+        "young": pretrain.tiny_learner(tiny_behemoth()),
+    }
+    learners = {name: learner for name, learner in teachers.items() if name in needed} | students
+    train = replace(pretrain.TRAIN, steps=STEPS, batch=4, eval_every=STEPS, checkpoint_every=STEPS, eval_batches=16)
+    return RunConfig(f"ablation:{name}", learners, pretrain.DATA, train=train)
 
 
 def _teacher(kind: str) -> Learner:
@@ -80,4 +128,4 @@ def _student(model: Any, rate: float = RATE, **distillation: Any) -> Learner:
     return replace(learner, optimizer=optimizer, distillation=Distillation(**distillation))
 
 
-PRESETS = (tiny,)
+PRESETS = (labels, weighting, divergence, placement, controls)

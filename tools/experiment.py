@@ -1,10 +1,10 @@
 """Does distillation help, which way of it, and what protects from a bad teacher? Many arms, paired over seeds.
 
-    python -m tools.experiment --teacher           # the teacher alone: forty times a student's tokens, half an hour
+    python -m tools.experiment --teacher           # the teacher alone, on forty times a student's tokens: half an hour
     python -m tools.experiment --seeds 5           # all else, and docs/experiments.md with its figure
 
 For each seed all students of `configs/ablation.py` start from the same weights and read the same tokens in the same
-order, in one program. Labels alone are tried at three learning rates, of which the best on average counts; and once
+order, several in one program. Labels alone are tried at three learning rates, of which the best on average counts; and once
 more for as many steps as take a distilled student's FLOPs (its teacher's forward pass and its logits among them). Runs
 that are complete are not run again. Differences are paired by seed, with the 95 % interval of Student's t.
 """
@@ -52,12 +52,12 @@ def main() -> None:
     results: Results = {}
     for seed in range(args.seeds):
         record_targets(folder, seed)
-        cfg = ablation.tiny()
-        at_seed = replace(cfg.train, seed=seed)
-        add(results, finish(replace(cfg, train=at_seed, out=str(folder / f"seed-{seed}"))))
+        for preset in ablation.PRESETS:
+            run = replace(preset(), out=str(folder / f"{preset.__name__}-{seed}"))
+            add(results, finish(run, seed))
     best = {student: tuned(results, student) for student in ("scout", "maverick")}
     for seed in range(args.seeds):
-        add(results, finish(replace(longer(best["scout"]), out=str(folder / f"longer-{seed}")), seed), "scout-longer/")
+        add(results, finish(replace(longer(best["scout"]), out=str(folder / f"longer-{seed}")), seed), "scout-longer")
     made = dict(results=results, best=best, teacher=held_out(teacher, ""), corrupted=held_out(corrupted, ""))
     (folder / "results.json").write_text(json.dumps(made, indent=1) + "\n")
     write(made)
@@ -120,17 +120,11 @@ def record_targets(folder: epath.Path, seed: int) -> None:
     from training.target_record import Form
     from training.teach import teach
 
-    cfg = ablation.tiny()
-    cfg = replace(
-        cfg, learners={"behemoth": cfg.learners["behemoth"]} | _any_student(cfg), train=replace(cfg.train, seed=seed)
-    )
-    if (folder / f"seed-{seed}" / "config.json").exists():
+    if (folder / f"placement-{seed}" / "config.json").exists():
         return
+    cfg = ablation.weighting()
+    cfg = replace(cfg, train=replace(cfg.train, seed=seed))
     teach(cfg, open_corpus(cfg), folder / "stratified", Form("stratified", 8, 4), learner="behemoth")
-
-
-def _any_student(cfg: RunConfig) -> dict[str, Any]:
-    return {"scout-labels": cfg.learners["scout-labels"]}
 
 
 # --- Runs
@@ -140,16 +134,16 @@ def longer(arm: str) -> RunConfig:
     """Labels alone, for as many steps as have the FLOPs of `constant` with its teacher."""
     from training.flops import step_per_token
 
-    cfg = ablation.tiny()
+    cfg, distilled = ablation.labels(), ablation.weighting()
     alone = replace(cfg, name="ablation:longer", learners={arm: cfg.learners[arm]})
-    taught = replace(cfg, learners={name: cfg.learners[name] for name in ("behemoth", "scout-constant")})
+    taught = replace(distilled, learners={name: distilled.learners[name] for name in ("behemoth", "scout-constant")})
     steps = round(cfg.train.steps * step_per_token(taught) / step_per_token(alone))
     train = replace(cfg.train, steps=steps, eval_every=steps, checkpoint_every=steps)
     return replace(alone, train=train)
 
 
 def finish(cfg: RunConfig, seed: int | None = None) -> dict[str, Any]:
-    """The last record of the run, run to its end."""
+    """The last record of the run, of that seed, run to its end."""
     from training.loop import train
 
     if seed is not None:
@@ -168,10 +162,10 @@ def held_out(record: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 def add(results: Results, record: Mapping[str, Any], alone: str = "") -> None:
     """The held-out losses of a run of one seed; `alone` names the arm of a run with one learner."""
-    arms = [alone] if alone else [key.removesuffix("eval/ce") for key in record if key.endswith("/eval/ce")]
-    for arm in arms:
-        for domain, value in held_out(record, "" if alone else arm).items():
-            results.setdefault(arm.removesuffix("/"), {}).setdefault(domain, []).append(value)
+    prefixes = [""] if alone else [key.removesuffix("eval/ce") for key in record if key.endswith("/eval/ce")]
+    for prefix in prefixes:
+        for domain, value in held_out(record, prefix).items():
+            results.setdefault(alone or prefix.removesuffix("/"), {}).setdefault(domain, []).append(value)
 
 
 def tuned(results: Results, student: str) -> str:
