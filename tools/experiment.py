@@ -4,9 +4,9 @@
     python -m tools.experiment --seeds 5           # all else, and docs/experiments.md with its figure
 
 For each seed all students of `configs/ablation.py` start from the same weights and read the same tokens in the same
-order, several in one program. Labels alone are tried at three learning rates, of which the best on average counts; and once
-more for as many steps as take a distilled student's FLOPs (its teacher's forward pass and its logits among them). Runs
-that are complete are not run again. Differences are paired by seed, with the 95 % interval of Student's t.
+order, several in one program. Labels alone are tried at three learning rates, of which the best on average counts; and
+once more for as many steps as take a distilled student's FLOPs (its teacher's forward pass and its logits among them).
+Runs that are complete are not run again. Differences are paired by seed, with the 95 % interval of Student's t.
 """
 
 from __future__ import annotations
