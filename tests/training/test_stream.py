@@ -46,10 +46,11 @@ def batches(count: int, seed: int = 0) -> list[Batch]:
     """Batches of B rows [T], of documents that fill them up to some padding."""
     rng = np.random.default_rng(seed)
     texts = {i: Document(rng.integers(0, V, n).astype(np.int32), 0, i, True)
-             for i, n in enumerate(rng.integers(2, 3 * CHUNK, count * B * 3))}  # fmt: skip
+             for i, n in enumerate(rng.integers(2, 3 * CHUNK, count * B * 4 + 8))}  # fmt: skip
     packer = Packer(T, CHUNK)
     rows = [row for key, text in texts.items() for row in packer.add(key, len(text.tokens))]
     built = [build_row(row, texts, T, 0) for row in rows[: count * B]]
+    assert len(built) == count * B
     fields = [Batch(**{name: np.stack([row[name] for row in built[i : i + B]]) for name in Batch._fields})
               for i in range(0, count * B, B)]  # fmt: skip
     return [batch._replace(loss_mask=batch.loss_mask.astype(np.float32)) for batch in fields]
@@ -72,7 +73,7 @@ class Teacher:
     """Counts its batches, and works only while it may."""
 
     def __init__(self):
-        self.seen, self.may = 0, threading.Event()
+        self.seen, self.done, self.may = 0, 0, threading.Event()
         self.may.set()
 
     def __call__(self, batch: Batch) -> Callable[[], SparseTargets]:
@@ -80,6 +81,7 @@ class Teacher:
 
         def targets() -> SparseTargets:
             assert self.may.wait(30)
+            self.done += 1
             return targets_of(batch)
 
         return targets
@@ -95,9 +97,11 @@ def serving(port: int = 0, identity: Identity = IDENTITY, teacher: Teacher | Non
 
 @contextmanager
 def running(server: Server) -> Iterator[None]:
-    thread = threading.Thread(target=server.run)
+    thread, listening = threading.Thread(target=server.run), threading.Event()
+    server.log = lambda line: listening.set()
     thread.start()
     try:
+        assert listening.wait(30)
         yield
     finally:
         server.stopping.set()
@@ -245,7 +249,7 @@ def test_killed_and_started_again():
         for batch in asked[:4]:
             source.ask(batch)
         assert_equal(source.look_up(asked[0]), as_stored(asked[0]))
-        wait_for(lambda: held.seen == 4)
+        wait_for(lambda: held.done == 4)
         held.may.clear()
         source.ask(asked[4])
         wait_for(lambda: held.seen == 5)
