@@ -132,6 +132,7 @@ def test_a_run_whose_teacher_dies_ends_with_its_checkpoint(taught, corpus: Corpu
     monkeypatch.setattr(stream, "PATIENCE", 1.0)
     server = make_server(cfg, corpus.tokenizer.hash, FORM, "127.0.0.1", 0, log=quiet)
     run = of_student(cfg, f"stream:{server.address}", tmp_path / "run")
+    run = replace(run, train=replace(run.train, steps=12))  # beyond what was asked for when it dies
     looked_up, look_up = [], Stream.look_up
 
     def dying(self, batch):
@@ -144,7 +145,7 @@ def test_a_run_whose_teacher_dies_ends_with_its_checkpoint(taught, corpus: Corpu
         patch.setattr(Stream, "look_up", dying)
         with pytest.raises(ConnectionError, match=f"no teacher at {server.address} for"):
             train(run, corpus, quiet)
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["4"]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["4", "8"]
     # The same run goes on from recorded targets.
     again = replace(run, learners=of_student(cfg, f"targets:{store}", tmp_path).learners)
     assert train(again, corpus, quiet)["complete"]
