@@ -278,9 +278,6 @@ def _where(stage: _Stage) -> str:
 
 
 def put_local(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of a global batch (`row_share`), or of their targets, onto its devices of the mesh, each with
-    its columns."""
-
     """This process's rows of a global batch (`row_share`), or of any tree of arrays [B, T], onto its devices of the
     mesh, each with its columns."""
     sharding, share = NamedSharding(mesh, BATCH_SPEC), row_share(mesh)
