@@ -22,8 +22,8 @@ STEPS = 125
 def labels() -> RunConfig:
     """Labels alone, at three learning rates: the best of them is what all other arms are held against.
 
-    Command:  make experiment
-    Hardware: 2 CPU cores, two minutes a seed
+    Command:  llama4 train ablation:labels
+    Hardware: 2 CPU cores, not timed by itself
     Result:   docs/experiments.md
     """
     return _run("labels", "labels", "labels_slow", "labels_fast", maverick="labels")
@@ -32,8 +32,8 @@ def labels() -> RunConfig:
 def weighting() -> RunConfig:
     """How much soft targets weigh over time, by token, by gradient and by domain.
 
-    Command:  make experiment
-    Hardware: 2 CPU cores, three minutes a seed
+    Command:  llama4 train ablation:weighting
+    Hardware: 2 CPU cores, not timed by itself
     Result:   docs/experiments.md
     """
     arms = ("constant", "wsd", "confidence", "gradient_norm", "competence")
@@ -43,8 +43,8 @@ def weighting() -> RunConfig:
 def divergence() -> RunConfig:
     """What is compared with the teacher.
 
-    Command:  make experiment
-    Hardware: 2 CPU cores, two minutes a seed
+    Command:  llama4 train ablation:divergence
+    Hardware: 2 CPU cores, not timed by itself
     Result:   docs/experiments.md
     """
     return _run("divergence", "reverse_kl", "jsd", "taid")
@@ -53,8 +53,8 @@ def divergence() -> RunConfig:
 def placement() -> RunConfig:
     """Recorded targets, and a teacher as young as its students, which trains beside them.
 
-    Command:  make experiment
-    Hardware: 2 CPU cores, two minutes a seed
+    Command:  llama4 train ablation:placement
+    Hardware: 2 CPU cores, not timed by itself
     Result:   docs/experiments.md
     """
     return _run("placement", "stratified", "young", "young_competence")
@@ -63,8 +63,8 @@ def placement() -> RunConfig:
 def controls() -> RunConfig:
     """A teacher whose vocabulary is shuffled must hurt; from one that is corrupted on code a gate must protect.
 
-    Command:  make experiment
-    Hardware: 2 CPU cores, two minutes a seed
+    Command:  llama4 train ablation:controls
+    Hardware: 2 CPU cores, not timed by itself
     Result:   docs/experiments.md
     """
     return _run("controls", "shuffled", "corrupted", "corrupted_competence")

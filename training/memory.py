@@ -46,7 +46,7 @@ FACTORS = {
 class Memory(NamedTuple):
     """Bytes of one device."""
 
-    state: dict[str, dict[str, int]]  # by learner: weights and optimizer; exact
+    state: dict[str, dict[str, int]]  # by learner: weights, and the optimizer's and what weighs targets; exact
     batch: int  # exact
     learner: str  # whose step needs most beside them
     parts: dict[str, float]  # of that step, factors in
@@ -63,7 +63,10 @@ class Memory(NamedTuple):
 def estimate(cfg: RunConfig, mesh: Mesh, state: Any = None) -> Memory:
     """The estimate for a run's step on a mesh of any devices, real or standing in for some; `state` if at hand."""
     state = abstract_state(cfg, mesh) if state is None else state
-    kept = {name: dict(weights=stored(s.params), optimizer=stored(s.optimizer)) for name, s in state.learners.items()}
+    kept = {
+        name: dict(weights=stored(s.params), optimizer=stored((s.optimizer, s.weighting)))
+        for name, s in state.learners.items()
+    }
     factors = FACTORS["tpu" if mesh.devices.flat[0].platform == "tpu" else "gpu"]
     steps = {
         name: {part: factors[part] * n for part, n in parts(cfg, learner, mesh, kept[name]["weights"]).items()}

@@ -26,7 +26,10 @@ def failure(line: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "a command is needed: demo, train, targets, export, import, verify, inspect, report, bench, plan, data, tokenizer"),
+        (
+            "",
+            "a command is needed: demo, train, targets, export, import, verify, inspect, report, bench, plan, data, tokenizer",
+        ),
         ("trian pretrain:tiny", "no command 'trian'; the nearest is 'train'"),
         ("train", "a preset or a run's folder is needed; the presets are pretrain:tiny"),
         ("train pretrain:tyni", "no preset 'pretrain:tyni'; the nearest is 'pretrain:tiny'"),

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -97,7 +98,9 @@ def check_against_the_teacher(batch, t):
     """Against logits of the whole vocabulary."""
     weights = restore_params("teacher")
     learner = weights.config.learners["scout"]
-    out = nnx.merge(graphdef(learner), weights.params)(batch.tokens, batch.positions, batch.segment_ids)
+    out = nnx.merge(graphdef(learner), weights.params)(
+        *map(jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids))
+    )
     logp = np.asarray(jax.nn.log_softmax(out.hidden @ out.unembedding, axis=-1))
     near = dict(rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(t.entropy[t.present], -(np.exp(logp) * logp).sum(-1)[t.present], **near)

@@ -119,10 +119,10 @@ def test_the_host_waits_only_for_the_step_before(make_run, corpus, monkeypatch):
     def make_sealed(*args):
         train_step, count = make(*args), itertools.count(1)
 
-        def sealed(state, batch):
+        def sealed(state, batch, targets):
             step = next(count)
             events.append(("dispatched", step))
-            return [Sealed(step, x) for x in train_step(state.content if step > 1 else state, batch)]
+            return [Sealed(step, x) for x in train_step(state.content if step > 1 else state, batch, targets)]
 
         return sealed
 

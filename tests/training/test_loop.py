@@ -188,9 +188,7 @@ def test_several_learners(make_run, corpus):
     records = train(cfg, corpus, quiet) and story(cfg)
     assert {"scout/loss", "scout/kl/odd", "scout/eval/ce/even"} <= set(records[-1])
     assert {key for key in records[-1] if key.startswith("teacher/")} == {
-        "teacher/eval/ce",
-        "teacher/eval/ce/even",
-        "teacher/eval/ce/odd",
+        f"teacher/eval/{what}{of}" for what in ("ce", "accuracy", "entropy", "ece") for of in ("", "/even", "/odd")
     }  # a frozen learner is evaluated, and has nothing else to report
     first = restore_params(cfg.folder, "teacher").params
     for ours, theirs in zip(*(jax.tree.leaves(p) for p in (first, initial_params(cfg, "teacher"))), strict=True):

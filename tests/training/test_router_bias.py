@@ -87,7 +87,8 @@ def fresh(cfg: RunConfig) -> TrainState:
     state = jax.eval_shape(partial(init_state, cfg))
     learners = {
         name: LearnerState(
-            map_params(weight, s.params), jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), s.optimizer)
+            map_params(weight, s.params),
+            *(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), of) for of in (s.optimizer, s.weighting)),
         )
         for name, s in state.learners.items()
     }
