@@ -61,7 +61,7 @@ def placement() -> RunConfig:
 
 
 def controls() -> RunConfig:
-    """A teacher whose vocabulary is shuffled must hurt; from one that is corrupted on code a gate must protect.
+    """Two bad teachers, which must hurt, and a gate that must protect from one of them.
 
     Command:  llama4 train ablation:controls
     Hardware: 2 CPU cores, not timed by itself

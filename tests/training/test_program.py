@@ -17,6 +17,7 @@ from training.config import Learner, MeshConfig, RunConfig, TrainConfig
 from training.hlo import sends
 from training.mesh import make_mesh
 from training.program import Equation, count, matmul_flops, walk
+from training.weighting import DOMAINS
 
 SQUARE = jnp.ones((4, 4))
 
