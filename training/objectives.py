@@ -120,5 +120,5 @@ def _calibration(stats: Stats, one_hot_Rd: jax.Array) -> jax.Array:
     bin_Rb = jax.nn.one_hot(bin_R, BINS, dtype=jnp.float32)
     values_Rs = jnp.stack([jnp.ones_like(stats.ce), stats.confidence, stats.correct], axis=-1)
     by_bin_Rbs = bin_Rb[:, :, None] * values_Rs[:, None, :]
-    table = jnp.matmul(one_hot_Rd.T, by_bin_Rbs.reshape(len(bin_R), -1), precision=jax.lax.Precision.HIGHEST)
-    return table.reshape(-1, BINS, 3)
+    # Sums, not a matmul, which a TPU would round to bf16.
+    return (one_hot_Rd[:, :, None, None] * by_bin_Rbs[:, None]).sum(axis=0)
