@@ -145,7 +145,8 @@ def test_a_run_whose_teacher_dies_ends_with_its_checkpoint(taught, corpus: Corpu
         patch.setattr(Stream, "look_up", dying)
         with pytest.raises(ConnectionError, match=f"no teacher at {server.address} for"):
             train(run, corpus, quiet)
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["4", "8"]
+    # What was on its way when it died may be used or lost: it ends after step 5 to 10.
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) in (["4"], ["4", "8"])
     # The same run goes on from recorded targets.
     again = replace(run, learners=of_student(cfg, f"targets:{store}", tmp_path).learners)
     assert train(again, corpus, quiet)["complete"]
