@@ -72,7 +72,7 @@ def _step(cfg: Any, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]
 
 
 def _distill(cfg: Any, shapes: list[tuple[int, int]], args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    from llama4_jax.kernels.vocab_loss.form import Form
+    from llama4_jax.kernels.vocab_loss.comparison import Comparison
     from training.bench_distill import bench_loss, bench_step_beside_parts
 
     name, student = next((name, x) for name, x in cfg.learners.items() if x.distillation.teacher)
@@ -82,7 +82,7 @@ def _distill(cfg: Any, shapes: list[tuple[int, int]], args: argparse.Namespace) 
     losses = []
     for shape in shapes:
         for measure in (False, True):
-            one = bench_loss(*shape, *widths, Form(student.distillation.divergence, measure=measure), args.steps)
+            one = bench_loss(*shape, *widths, Comparison(student.distillation.divergence, measure=measure), args.steps)
             losses.append(one)
             what = "with statistics" if measure else "alone"
             seconds = {how: one["seconds"][how]["median"] for how in ("fused", "naive")}

@@ -43,7 +43,7 @@ def compiled(how: str, tokens: int, chunk: int, devices: int) -> dict[str, Any]:
     from jax.sharding import PartitionSpec as P
 
     from llama4_jax.kernels.vocab_loss import api, reference
-    from llama4_jax.kernels.vocab_loss.form import Dense, Form
+    from llama4_jax.kernels.vocab_loss.comparison import Comparison, Dense
     from training.ahead import devices_of
     from training.chips import CHIPS
 
@@ -55,7 +55,7 @@ def compiled(how: str, tokens: int, chunk: int, devices: int) -> dict[str, Any]:
         loss = partial(api.vocab_loss if how == "fused" else reference.vocab_loss, **split)
 
         def total(h, w):
-            return loss(h, w, labels, hard, soft, Dense(hidden, unembedding), Form(measure=True))
+            return loss(h, w, labels, hard, soft, Dense(hidden, unembedding), Comparison(measure=True))
 
         return jax.value_and_grad(total, (0, 1), has_aux=True)(h, w)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama4_jax.kernels.vocab_loss import api, reference
-from llama4_jax.kernels.vocab_loss.form import KL, Dense, Form
+from llama4_jax.kernels.vocab_loss.comparison import KL, Comparison, Dense
 from training.bench import spread, synthetic_batches
 from training.config import Distillation, RunConfig
 from training.loop import put_local
@@ -22,7 +22,7 @@ from training.step import forward, make_train_step
 
 
 def bench_loss(
-    tokens: int, vocabulary: int, width: int, teacher_width: int, form: Form = KL, repeats: int = 5
+    tokens: int, vocabulary: int, width: int, teacher_width: int, comparison: Comparison = KL, repeats: int = 5
 ) -> dict[str, Any]:  # fmt: skip
     """Value and gradient of h CE + s D in fp32, fused and from whole logits, in turns: seconds each (`spread`), bytes
     of temporaries, and the ratios fused / naive of the median times and of the temporaries."""
@@ -32,15 +32,15 @@ def bench_loss(
     for name, loss in forms.items():
 
         def total(h, w, labels, hard, soft, teacher, loss=loss):
-            return loss(h, w, labels, hard, soft, teacher, form)[0]
+            return loss(h, w, labels, hard, soft, teacher, comparison)[0]
 
         compiled: Any = jax.jit(jax.value_and_grad(total, (0, 1))).lower(*args).compile()
         runs[name] = lambda compiled=compiled: compiled(*args)
         temporaries[name] = compiled.memory_analysis().temp_size_in_bytes
     seconds = in_turns(runs, repeats)
     return dict(
-        tokens=tokens, vocabulary=vocabulary, width=width, teacher_width=teacher_width, divergence=form.kind,
-        measured=form.measure, seconds={name: spread(values) for name, values in seconds.items()},
+        tokens=tokens, vocabulary=vocabulary, width=width, teacher_width=teacher_width, divergence=comparison.kind,
+        measured=comparison.measure, seconds={name: spread(values) for name, values in seconds.items()},
         temporaries=temporaries, time_ratio=_ratio(seconds, "fused", "naive"),
         memory_ratio=temporaries["fused"] / temporaries["naive"],
     )  # fmt: skip

@@ -69,7 +69,7 @@ class OptimizerConfig:
 class Distillation:
     """What a student takes from its teacher: h CE + s t^2 D(teacher, student) on every token.
 
-    The formulas of D are in `llama4_jax/kernels/vocab_loss/form.py`, those of h and s in `training/weighting.py`.
+    The formulas of D are in `llama4_jax/kernels/vocab_loss/comparison.py`, those of h and s in `training/weighting.py`.
     """
 
     teacher: str = ""

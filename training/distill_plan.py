@@ -2,7 +2,7 @@
 
 Per token of a row, with F the FLOPs of the teacher's forward pass without its head and H those of its head (2 U V,
 `training/flops.py`), n students taught, B the FLOPs of training all learners but the teacher on labels alone, b the
-bytes of a token's sparse targets (`FORMATS`), and c U the bytes of its hidden states:
+bytes of a token's sparse targets (`training/target_record.py`), and c U the bytes of its hidden states:
 
 | placement | teacher | students | moved |
 |---|---|---|---|
@@ -43,35 +43,20 @@ from training import chips
 from training.config import Distillation, OptimizerConfig, RunConfig
 from training.flops import forward, of_step
 from training.plan import plan
+from training.target_record import Form
 
 PLACEMENTS = ("tap", "frozen", "slice", "recorded")
-ID_BITS = 18
-"""202,048 ids need 18 bits; smaller vocabularies are not packed tighter."""
 MONTH = 365.25 / 12 * 86400
 TB = 1e12
 
 
-class Format(NamedTuple):
-    """Sparse targets of a token: entries of an id and a value, packed, and bytes of statistics beside them."""
-
-    entries: int
-    value_bits: int
-    statistics: int
-
-    @property
-    def bytes(self) -> float:
-        return self.entries * (ID_BITS + self.value_bits) / 8 + self.statistics
-
-
 FORMATS = {
-    "top-64": Format(64, 8, 4),
-    "top-32 + 16 draws": Format(48, 8, 4),
-    "12 draws": Format(12, 6, 0),
+    "top-64": Form("topk", 64, 0),
+    "top-32 + 16 draws": Form("stratified", 32, 16),
+    "12 draws": Form("sample", 0, 12),
 }
-"""Log-probabilities in 8 bits, 2 + 2 bytes of the teacher's log-sum-exp and entropy; of draws alone counts in 6 bits.
-
-The first keeps the largest entries, the last draws from the whole distribution, the second from what its largest leave.
-"""
+"""The first keeps the largest entries, the last draws from the whole distribution, the second from what its largest
+leave; b is what a store's record takes of a token."""
 
 
 class Work(NamedTuple):
@@ -214,7 +199,7 @@ def compare(
         assumed=rates._asdict(),
         flops=of._asdict(),
         placements={name: _placement(name, of, rates, tokens, plans.get(name, plans["slice"])) for name in PLACEMENTS},
-        formats={name: _format(of, rates, form.bytes, tokens, runs) for name, form in FORMATS.items()},
+        formats={name: _format(of, rates, float(form.token.itemsize), tokens, runs) for name, form in FORMATS.items()},
         runs=runs, live_cost=live_cost(of, rates, tokens), hidden_bytes=2 * of.hidden,
     )  # fmt: skip
 

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from data.batch import Batch
 from llama4_jax.axes import EXPERT, MESH_AXES, TOKEN_AXES, VOCAB_AXES, axis_size, present, psum
 from llama4_jax.kernels.vocab_loss.api import vocab_loss
-from llama4_jax.kernels.vocab_loss.form import Dense, Form, Stats
+from llama4_jax.kernels.vocab_loss.comparison import Comparison, Dense, Stats
 from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 from llama4_jax.moe import router_losses
 from llama4_jax.text import Output
 from training.config import Learner
-from training.weighting import Mix, form
+from training.weighting import Mix, comparison
 
 BINS = 15
 """Of confidence, in the calibration error (Guo et al., arXiv 1706.04599)."""
@@ -56,11 +56,11 @@ def objective(
     no target for a token, CE is all there is of it. Inside `shard_map`.
     """
     mask_R, domain_R = batch.loss_mask.reshape(-1), batch.domain.reshape(-1)
-    hard_R, soft_R, toward, how = mask_R, None, None, Form(measure=measure)
+    hard_R, soft_R, toward, how = mask_R, None, None, Comparison(measure=measure)
     if teacher is not None:
         assert mix is not None
         hard_R, soft_R, toward = mask_R * mix.hard[domain_R], mask_R * mix.soft[domain_R], mix.toward
-        how = form(learner.distillation)
+        how = comparison(learner.distillation)
         teacher = _flat(teacher)
         if isinstance(teacher, SparseTargets):
             hard_R = jnp.where(teacher.present, hard_R, mask_R)

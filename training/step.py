@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from data.batch import Batch
 from llama4_jax.axes import Execution
-from llama4_jax.kernels.vocab_loss.form import Dense
+from llama4_jax.kernels.vocab_loss.comparison import Dense
 from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 from training import weighting
 from training.config import Learner, OptimizerConfig, RunConfig

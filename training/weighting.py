@@ -1,24 +1,24 @@
 """How much soft and hard targets weigh, step by step: pure functions of running means, which the checkpoint keeps.
 
 A step's weights come from its number, its learning rate and the means of the steps before it, never from the batch
-itself; only a token's own focus g (`kernels/vocab_loss/form.py`) is of the token. No weight knows a label: if h_i
+itself; only a token's own focus g (`kernels/vocab_loss/comparison.py`) is of the token. No weight knows a label: if h_i
 depended on the label y_i, E_y[h(y) (q - e_y)] would pull the student away from the data's distribution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from llama4_jax.kernels.vocab_loss.form import Focus, Form
+from llama4_jax.kernels.vocab_loss.comparison import Comparison
 from training.config import Distillation
 
 DOMAINS = 256
 """Domains that the means have room for."""
-FOCUSES: dict[str, Focus] = {name: name for name in ("confidence", "student_entropy", "disagreement")}  # pyright: ignore
+FOCUSES: Final = ("confidence", "student_entropy", "disagreement")
 
 
 class Weighting(NamedTuple):
@@ -53,10 +53,10 @@ def init() -> Weighting:
     return Weighting(**zeros)
 
 
-def form(cfg: Distillation, measure: bool = True) -> Form:
-    """What the loss compares, and by which factor of its own a token's soft target weighs."""
-    focus = FOCUSES.get(cfg.weighting, "none")
-    return Form(cfg.divergence, cfg.skew, cfg.temperature, focus, measure)
+def comparison(cfg: Distillation) -> Comparison:
+    """What the loss compares, and by which factor of its own a token's soft target weighs; with every statistic."""
+    focus = cfg.weighting if cfg.weighting in FOCUSES else "none"
+    return Comparison(cfg.divergence, cfg.skew, cfg.temperature, focus, measure=True)
 
 
 def scheduled(cfg: Distillation, rate: Any, peak: float, step: Any, steps: int) -> jax.Array:

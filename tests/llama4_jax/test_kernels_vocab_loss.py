@@ -13,17 +13,17 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
 from llama4_jax.kernels.vocab_loss import api, reference
-from llama4_jax.kernels.vocab_loss.form import Dense, Form
+from llama4_jax.kernels.vocab_loss.comparison import Comparison, Dense
 from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 
 R, D, U, V = 37, 16, 24, 64
 TOLERANCE = 1e-5
 KINDS = ("kl", "reverse_kl", "skew_kl", "skew_reverse_kl", "jsd")
 FORMS = {
-    **{kind: Form(kind, skew=0.3, measure=True) for kind in KINDS},
-    **{f"{kind} at 2": Form(kind, skew=0.3, temperature=2.0) for kind in KINDS},
-    **{f"kl by {focus}": Form(focus=focus) for focus in ("confidence", "student_entropy", "disagreement")},
-    "measured at 2 by disagreement": Form("jsd", 0.5, 2.0, "disagreement", measure=True),
+    **{kind: Comparison(kind, skew=0.3, measure=True) for kind in KINDS},
+    **{f"{kind} at 2": Comparison(kind, skew=0.3, temperature=2.0) for kind in KINDS},
+    **{f"kl by {focus}": Comparison(focus=focus) for focus in ("confidence", "student_entropy", "disagreement")},
+    "measured at 2 by disagreement": Comparison("jsd", 0.5, 2.0, "disagreement", measure=True),
 }
 
 
@@ -86,13 +86,13 @@ def assert_equal(loss, *args, **extra):
 @pytest.mark.parametrize("chunk", [8, 37, 1024])
 @pytest.mark.parametrize("measure", [False, True])
 def test_labels_alone_equal_the_naive_loss(chunk, measure):
-    assert_equal(partial(api.vocab_loss, chunk=chunk), *inputs()[:4], form=Form(measure=measure))
+    assert_equal(partial(api.vocab_loss, chunk=chunk), *inputs()[:4], comparison=Comparison(measure=measure))
 
 
 @pytest.mark.parametrize("name", [*FORMS, "interpolated kl", "interpolated jsd at 2"])
 def test_every_form_equals_the_naive_loss(name):
     form, toward = FORMS[name.removeprefix("interpolated ")], jnp.float32(0.4) if "interpolated" in name else None
-    assert_equal(partial(api.vocab_loss, chunk=8), *inputs(), form=form, toward=toward)
+    assert_equal(partial(api.vocab_loss, chunk=8), *inputs(), comparison=form, toward=toward)
 
 
 @pytest.mark.parametrize("focus", ["none", "confidence", "student_entropy"])
@@ -100,7 +100,7 @@ def test_every_form_equals_the_naive_loss(name):
 def test_sparse_targets_equal_the_naive_loss(bucket, focus):
     *args, teacher = inputs()
     targets = sparse(bucket, args[2], teacher)
-    assert_equal(partial(api.vocab_loss, chunk=8), *args, targets, form=Form(focus=focus, measure=True))
+    assert_equal(partial(api.vocab_loss, chunk=8), *args, targets, comparison=Comparison(focus=focus, measure=True))
 
 
 def test_all_entries_are_the_whole_distribution():
@@ -115,7 +115,7 @@ def test_all_entries_are_the_whole_distribution():
         ids, mass, jnp.zeros(R), jax.nn.logsumexp(logits, axis=1), entropy, label, jnp.ones(R, bool)
     )
     for focus in ("none", "confidence"):
-        form = Form(focus=focus, measure=True)
+        form = Comparison(focus=focus, measure=True)
         (loss, got), dh = jax.value_and_grad(lambda h: api.vocab_loss(h, w, labels, hard, soft, all_of_them, form), has_aux=True)(h)  # fmt: skip # noqa: E501, B023
         (want, dense), want_dh = jax.value_and_grad(lambda h: api.vocab_loss(h, w, labels, hard, soft, teacher, form), has_aux=True)(h)  # fmt: skip # noqa: E501, B023
         assert_close(loss, want)
@@ -136,7 +136,7 @@ def test_split_over_tokens_and_vocabulary(form, tokens, expert, tensor):
     h, w, labels, hard, soft, dense = inputs(rows=40)
     taught = sparse("bucket" in form, labels, dense) if "sparse" in form else dense
     toward = jnp.float32(0.4) if form == "interpolated" else None
-    form = FORMS.get(form, Form(measure=True))
+    form = FORMS.get(form, Comparison(measure=True))
     names = ("tokens", "expert", "tensor")
     mesh = jax.make_mesh((tokens, expert, tensor), names, (jax.sharding.AxisType.Auto,) * 3)
     split = dict(columns=("tensor", "expert"), rows=("expert",))
@@ -158,7 +158,7 @@ def test_split_over_tokens_and_vocabulary(form, tokens, expert, tensor):
         )
     )  # fmt: skip
     loss, stats, dh, dw = mapped(h, w, labels, hard, soft, taught)
-    naive = partial(reference.vocab_loss, labels_R=labels, hard_R=hard, soft_R=soft, teacher=taught, form=form,
+    naive = partial(reference.vocab_loss, labels_R=labels, hard_R=hard, soft_R=soft, teacher=taught, comparison=form,
                     toward=toward)  # fmt: skip
     (want, want_stats), (want_dh, want_dw) = jax.value_and_grad(naive, (0, 1), True)(h, w)
     assert_close(loss, want)
@@ -172,7 +172,7 @@ def test_gradients_vanish_where_the_student_is_the_teacher():
     _, _, labels, _, soft, teacher = inputs()
     none = jnp.zeros(R)
     targets = {kind: (teacher, form) for kind, form in FORMS.items()} | {
-        "bucket": (sparse(True, labels, teacher), Form())
+        "bucket": (sparse(True, labels, teacher), Comparison())
     }
     for name, (taught, form) in targets.items():
         norm = jax.grad(lambda h: api.vocab_loss(h, teacher.unembedding, labels, none, soft, taught, form)[0])  # noqa: B023
@@ -206,9 +206,9 @@ def test_soft_weights_leave_the_hard_gradient_unskewed():
 
     unskewed = 0.3 * (q - data) @ w.T
     for focus in ("none", "confidence", "student_entropy", "disagreement"):
-        form = Form(focus=focus)
+        form = Comparison(focus=focus)
         assert_close(expected(jnp.full(V, 0.3), soft, form) - soft_part(form), unskewed[None])
-    gated = expected(0.3 * q / jnp.sum(q * data), soft, Form()) - soft_part(Form())
+    gated = expected(0.3 * q / jnp.sum(q * data), soft, Comparison()) - soft_part(Comparison())
     cosine = jnp.vdot(gated, unskewed) / jnp.linalg.norm(gated) / jnp.linalg.norm(unskewed)
     assert cosine < 0.9
 
@@ -218,7 +218,7 @@ def test_no_array_of_tokens_times_vocabulary(taught):
     """The largest array in the program is a head or a chunk of logits, far below [R, V]."""
     rows, chunk = 512, 16
     h, w, labels, hard, soft, teacher = inputs(rows=rows)
-    extra: dict[str, Any] = dict(soft_R=soft, teacher=teacher, form=Form(measure=True)) if taught else {}
+    extra: dict[str, Any] = dict(soft_R=soft, teacher=teacher, comparison=Comparison(measure=True)) if taught else {}
     jaxpr = jax.make_jaxpr(jax.grad(lambda h, w: api.vocab_loss(h, w, labels, hard, chunk=chunk, **extra)[0], (0, 1)))(
         h, w
     )
@@ -235,7 +235,7 @@ def equations(jaxpr):
 
 def test_statistics_carry_no_gradient():
     h, w, labels, hard, soft, teacher = inputs()
-    form = Form(measure=True)
+    form = Comparison(measure=True)
     grad = jax.grad(lambda h: sum(x.sum() for x in api.vocab_loss(h, w, labels, hard, soft, teacher, form)[1]))(h)
     assert not np.any(grad)
 
@@ -245,7 +245,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="go together"):
         api.vocab_loss(h, w, labels, hard, teacher=teacher)
     few = sparse(True, labels, teacher)
-    for form in (Form("reverse_kl"), Form(temperature=2.0), Form(focus="disagreement")):
+    for form in (Comparison("reverse_kl"), Comparison(temperature=2.0), Comparison(focus="disagreement")):
         with pytest.raises(ValueError, match="sparse targets"):
             api.vocab_loss(h, w, labels, hard, soft, few, form)
     with pytest.raises(ValueError, match="interpolation"):

@@ -59,7 +59,7 @@ def test_running_means_forget_and_domains_without_tokens_keep_theirs():
 def test_a_focus_is_divided_by_its_mean(name):
     """So that soft targets weigh as much in all as under the schedule; not more than `most` times, on any token."""
     cfg = replace(FLAT, weighting=name)
-    assert weighting.form(cfg).focus == name
+    assert weighting.comparison(cfg).focus == name
     np.testing.assert_allclose(mix(cfg).soft, 0.8)  # nothing known yet: by g itself
     np.testing.assert_allclose(mix(cfg, after(cfg, sums(focus=[2, 8]))).soft, 0.8 / 0.5, rtol=1e-6)
     np.testing.assert_allclose(mix(cfg, after(cfg, sums(focus=[0.1, 0.1]))).soft, 0.8 * cfg.most, rtol=1e-6)

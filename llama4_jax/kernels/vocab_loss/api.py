@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.kernels.vocab_loss import chunked
-from llama4_jax.kernels.vocab_loss.form import KL, Dense, Form, Stats
+from llama4_jax.kernels.vocab_loss.comparison import KL, Comparison, Dense, Stats
 from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 
 CHUNK = 1024
@@ -21,7 +21,7 @@ def vocab_loss(
     hard_R: Float[Array, "R"],
     soft_R: Float[Array, "R"] | None = None,
     teacher: Dense | SparseTargets | None = None,
-    form: Form = KL,
+    comparison: Comparison = KL,
     toward: Float[Array, ""] | None = None,
     chunk: int = CHUNK,
     columns: tuple[str, ...] = (),
@@ -29,7 +29,7 @@ def vocab_loss(
 ) -> tuple[Float[Array, ""], Stats]:
     """sum_i hard_i CE_i + soft_i g_i t^2 D_i over rows i, and statistics of each row.
 
-    CE_i = logsumexp(z_i) - z_i[label_i] with z = h W in fp32; D and g are `form`'s (t^2 keeps the gradient's size).
+    CE_i = logsumexp(z_i) - z_i[label_i] with z = h W in fp32; `comparison` says D and g (t^2 keeps gradients' size).
     `toward`, in [0, 1], puts softmax((1-toward) z/t + toward z_teacher/t), student's part a constant, in the place
     of the teacher's distribution in D (TAID: Shing et al., arXiv 2501.16937).
     Sparse targets suit kl at temperature 1 without `toward` and disagreement: D = KL estimated from the entropy that
@@ -44,7 +44,7 @@ def vocab_loss(
     if (teacher is None) != (soft_R is None):
         raise ValueError("a teacher and soft weights go together")
     if isinstance(teacher, SparseTargets):
-        check_sparse(form, toward is not None)
+        check_sparse(comparison, toward is not None)
     R = h_RD.shape[0]
     chunk = min(chunk, R)
     unembedding = teacher.unembedding if isinstance(teacher, Dense) else None
@@ -58,18 +58,18 @@ def vocab_loss(
         h_RD, targets = pad(h_RD), jax.tree.map(pad, targets)
     given = jax.lax.stop_gradient((targets, unembedding, toward))
     out: tuple[jax.Array, Stats] = chunked.loss(  # pyright: ignore[reportAssignmentType]
-        h_RD, w_DV, *given, form, chunk, chunked.Split(columns, rows)
+        h_RD, w_DV, *given, comparison, chunk, chunked.Split(columns, rows)
     )
     return out[0], jax.tree.map(lambda x: jax.lax.stop_gradient(x[:R]), out[1])
 
 
-def check_sparse(form: Form, interpolated: bool) -> None:
+def check_sparse(comparison: Comparison, interpolated: bool) -> None:
     """ValueError for what a few entries of the teacher's distribution cannot tell."""
-    if form.kind != "kl" or form.temperature != 1:
+    if comparison.kind != "kl" or comparison.temperature != 1:
         raise ValueError(
             f"sparse targets hold a few of the teacher's probabilities, at temperature 1: enough for kl alone, "
-            f"not for {form.kind} at temperature {form.temperature:g}"
+            f"not for {comparison.kind} at temperature {comparison.temperature:g}"
         )
-    if interpolated or form.focus == "disagreement":
+    if interpolated or comparison.focus == "disagreement":
         what = "interpolation" if interpolated else "focus disagreement"
         raise ValueError(f"{what} needs the teacher's whole distribution, which sparse targets do not hold")

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.scipy.special import xlogy
 from jaxtyping import Array, Float
 
-from llama4_jax.kernels.vocab_loss.form import Form, Stats
+from llama4_jax.kernels.vocab_loss.comparison import Comparison, Stats
 from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 
 
@@ -45,19 +45,21 @@ class Split(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def loss(
     h_RD: jax.Array, w_DV: jax.Array, targets: Targets, teacher_UV: jax.Array | None, toward: jax.Array | None,
-    form: Form, chunk: int, split: Split,
+    comparison: Comparison, chunk: int, split: Split,
 ) -> tuple[jax.Array, Stats]:  # fmt: skip
     """(this device's share of the loss, statistics of its rows); the first is differentiable. `chunk` divides R."""
-    share, stats, _ = _scan(h_RD, w_DV, targets, teacher_UV, toward, form, chunk, split, with_gradient=False)
+    share, stats, _ = _scan(h_RD, w_DV, targets, teacher_UV, toward, comparison, chunk, split, with_gradient=False)
     return share, stats
 
 
-def _forward(h_RD, w_DV, targets, teacher_UV, toward, form, chunk, split):
-    share, stats, gradients = _scan(h_RD, w_DV, targets, teacher_UV, toward, form, chunk, split, with_gradient=True)
+def _forward(h_RD, w_DV, targets, teacher_UV, toward, comparison, chunk, split):
+    share, stats, gradients = _scan(
+        h_RD, w_DV, targets, teacher_UV, toward, comparison, chunk, split, with_gradient=True
+    )
     return (share, stats), (gradients, jnp.zeros(0, w_DV.dtype))  # the latter for its dtype
 
 
-def _backward(form, chunk, split, gradients, cotangents):
+def _backward(comparison, chunk, split, gradients, cotangents):
     (dh_RD, dw_DV), like_w = gradients
     g = cotangents[0]
     return (dh_RD * g).astype(dh_RD.dtype), (dw_DV * g).astype(like_w.dtype), None, None, None
@@ -66,14 +68,14 @@ def _backward(form, chunk, split, gradients, cotangents):
 loss.defvjp(_forward, _backward)
 
 
-def _scan(h_RD, w_DV, targets: Targets, teacher_UV, toward, form: Form, chunk, split: Split, with_gradient):
+def _scan(h_RD, w_DV, targets: Targets, teacher_UV, toward, comparison: Comparison, chunk, split: Split, with_gradient):
     def step(dw_DV, x):
         h_CD, t = jax.tree.map(partial(_together, split=split), x)
-        stats, dz_CV = _chunk(h_CD, w_DV, t, teacher_UV, toward, form, split.columns)
+        stats, dz_CV = _chunk(h_CD, w_DV, t, teacher_UV, toward, comparison, split.columns)
         stats, t = jax.tree.map(partial(_own, split=split), (stats, t))
         total = jnp.sum(t.hard_R * stats.ce)
         if t.soft_R is not None:
-            total += form.temperature**2 * jnp.sum(t.soft_R * stats.focus * stats.divergence)
+            total += comparison.temperature**2 * jnp.sum(t.soft_R * stats.focus * stats.divergence)
         if not with_gradient:
             return dw_DV, (total, stats, None)
         dz_CV = dz_CV.astype(h_CD.dtype)
@@ -104,7 +106,7 @@ def _own(x_C, split: Split):
     return jax.lax.dynamic_slice_in_dim(x_C, jax.lax.axis_index(split.rows) * C, C)
 
 
-def _chunk(h_CD, w_DV, t: Targets, teacher_UV, toward, form: Form, axes: tuple[str, ...]):
+def _chunk(h_CD, w_DV, t: Targets, teacher_UV, toward, comparison: Comparison, axes: tuple[str, ...]):
     """Statistics of a chunk and dL/dz = hard (q - y) + soft g t^2 dD/dz, for this device's columns."""
     z_CV = jnp.einsum("CD,DV->CV", h_CD, w_DV, preferred_element_type=jnp.float32)
     at = _Columns(z_CV.shape[1], axes)
@@ -114,31 +116,31 @@ def _chunk(h_CD, w_DV, t: Targets, teacher_UV, toward, form: Form, axes: tuple[s
     q_CV = jnp.exp(log_q_CV)
     hard_CV = q_CV - at.one_hot(t.labels_R)
     stats, likeliest_C = Stats(lse_C - label_C), lse_C
-    if form.measure or form.focus == "student_entropy":
+    if comparison.measure or comparison.focus == "student_entropy":
         stats = stats._replace(entropy=-_psum(jnp.sum(q_CV * log_q_CV, axis=-1), axes))
-    if form.measure:
+    if comparison.measure:
         stats = stats._replace(confidence=jnp.exp(top_C - lse_C), correct=jnp.float32(label_C >= top_C))
     dz_CV = t.hard_R[:, None] * hard_CV
     if t.taught is None or t.soft_R is None:
         return stats, dz_CV
     if isinstance(t.taught, SparseTargets):
-        of_teacher, soft_CV = _sparse(log_q_CV, q_CV, t.taught, form, at)
+        of_teacher, soft_CV = _sparse(log_q_CV, q_CV, t.taught, comparison, at)
         likeliest_C = at.take(z_CV, t.taught.ids[:, :1])[:, 0]
     else:
         teacher_CV = jnp.einsum("CU,UV->CV", t.taught, teacher_UV, preferred_element_type=jnp.float32)
-        of_teacher, soft_CV = _dense(z_CV, log_q_CV, teacher_CV, t.labels_R, toward, form, at)
-        if form.measure:
+        of_teacher, soft_CV = _dense(z_CV, log_q_CV, teacher_CV, t.labels_R, toward, comparison, at)
+        if comparison.measure:
             likeliest_C = _at_likeliest(z_CV, teacher_CV, axes)
     stats = stats._replace(**of_teacher)
     focus_C = jnp.ones_like(lse_C)
-    if form.focus == "confidence":
+    if comparison.focus == "confidence":
         focus_C = 1 - stats.teacher_entropy / jnp.log(at.vocabulary)
-    elif form.focus == "student_entropy":
+    elif comparison.focus == "student_entropy":
         focus_C = stats.entropy / jnp.log(at.vocabulary)
-    elif form.focus == "disagreement":
+    elif comparison.focus == "disagreement":
         focus_C = stats.focus
     stats = stats._replace(focus=focus_C)
-    if form.measure:
+    if comparison.measure:
         parts = [hard_CV * hard_CV, soft_CV * soft_CV, hard_CV * soft_CV]
         squares = _psum(jnp.stack([jnp.sum(x, axis=-1) for x in parts]), axes)
         stats = stats._replace(hard_norm=jnp.sqrt(squares[0]), soft_norm=jnp.sqrt(squares[1]), norm_product=squares[2],
@@ -148,9 +150,9 @@ def _chunk(h_CD, w_DV, t: Targets, teacher_UV, toward, form: Form, axes: tuple[s
     return stats, dz_CV + (t.soft_R * focus_C)[:, None] * soft_CV
 
 
-def _dense(z_CV, log_q1_CV, teacher_CV, labels_C, toward, form: Form, at: _Columns):
+def _dense(z_CV, log_q1_CV, teacher_CV, labels_C, toward, comparison: Comparison, at: _Columns):
     """(statistics of a chunk that know the teacher, t^2 dD/dz) from the teacher's logits."""
-    T, axes = form.temperature, at.axes
+    T, axes = comparison.temperature, at.axes
     lse_C = _logsumexp(teacher_CV, axes)[0]
     log_p1_CV = teacher_CV - lse_C[:, None]
     log_q_CV = log_q1_CV if T == 1 else _log_softmax(z_CV / T, axes)
@@ -159,43 +161,43 @@ def _dense(z_CV, log_q1_CV, teacher_CV, labels_C, toward, form: Form, at: _Colum
         log_p_CV = _log_softmax(((1 - toward) * z_CV + toward * teacher_CV) / T, axes)
     p_CV, q_CV = jnp.exp(log_p_CV), jnp.exp(log_q_CV)
     sums = {}
-    if form.kind == "kl":
+    if comparison.kind == "kl":
         sums["divergence"] = p_CV * (log_p_CV - log_q_CV)
         soft_CV = T * (q_CV - p_CV)
     else:
-        sums["divergence"], qr_CV = _slope(form, log_p_CV, log_q_CV, p_CV, q_CV)
+        sums["divergence"], qr_CV = _slope(comparison, log_p_CV, log_q_CV, p_CV, q_CV)
         soft_CV = T * (qr_CV - q_CV * _psum(jnp.sum(qr_CV, axis=-1), axes)[:, None])
-    if form.measure or form.focus != "none":
+    if comparison.measure or comparison.focus != "none":
         p1_CV, q1_CV = (p_CV, q_CV) if T == 1 and toward is None else (jnp.exp(log_p1_CV), jnp.exp(log_q1_CV))
         sums["teacher_entropy"] = -p1_CV * log_p1_CV
-        if form.focus == "disagreement":
+        if comparison.focus == "disagreement":
             sums["focus"] = p1_CV - jnp.exp((log_p1_CV + log_q1_CV) / 2)  # p sums to 1
-        if form.measure:
+        if comparison.measure:
             sums["kl"] = p1_CV * (log_p1_CV - log_q1_CV)
             sums["reverse_kl"] = q1_CV * (log_q1_CV - log_p1_CV)
     summed = _psum(jnp.stack([jnp.sum(x, axis=-1) for x in sums.values()]), axes)
     stats = dict(zip(sums, summed, strict=True))
-    if form.measure:
+    if comparison.measure:
         stats["teacher_ce"] = lse_C - at.take(teacher_CV, labels_C[:, None])[:, 0]
         stats["present"] = jnp.ones_like(lse_C)
     return stats, soft_CV
 
 
-def _slope(form: Form, log_p, log_q, p, q):
+def _slope(comparison: Comparison, log_p, log_q, p, q):
     """(what sums to D, q r) with dD/dz = q (r - sum q r)."""
-    b = form.skew
-    if form.kind == "reverse_kl":
+    b = comparison.skew
+    if comparison.kind == "reverse_kl":
         return q * (log_q - log_p), q * (log_q - log_p)
-    share = 1 - b if form.kind == "skew_reverse_kl" else b  # of p in the mixture m
+    share = 1 - b if comparison.kind == "skew_reverse_kl" else b  # of p in the mixture m
     log_m = jnp.logaddexp(math.log(share) + log_p, math.log1p(-share) + log_q)
-    if form.kind == "skew_kl":
+    if comparison.kind == "skew_kl":
         return p * (log_p - log_m), -(1 - b) * jnp.exp(log_p + log_q - log_m)
-    if form.kind == "skew_reverse_kl":
+    if comparison.kind == "skew_reverse_kl":
         return q * (log_q - log_m), q * (log_q - log_m + 1 - b * jnp.exp(log_q - log_m))
     return b * p * (log_p - log_m) + (1 - b) * q * (log_q - log_m), (1 - b) * q * (log_q - log_m)
 
 
-def _sparse(log_q_CV, q_CV, t: SparseTargets, form: Form, at: _Columns):
+def _sparse(log_q_CV, q_CV, t: SparseTargets, comparison: Comparison, at: _Columns):
     """(statistics of a chunk that know the teacher, dD/dz) from entries of its distribution."""
     used_CK = t.ids >= 0
     log_q_CK = at.take(log_q_CV, t.ids)
@@ -213,7 +215,7 @@ def _sparse(log_q_CV, q_CV, t: SparseTargets, form: Form, at: _Columns):
     soft_CV = jnp.where(t.present[:, None], at.add(soft_CV, t.ids, entries_CK), 0)
     present_C = jnp.float32(t.present)
     stats = dict(divergence=kl_C, teacher_entropy=t.entropy)
-    if form.measure:
+    if comparison.measure:
         stats |= dict(kl=kl_C, teacher_ce=-t.label_logp, present=present_C)
     return stats, soft_CV
 

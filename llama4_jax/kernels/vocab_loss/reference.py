@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llama4_jax.kernels.vocab_loss.form import KL, Dense, Form, Stats
+from llama4_jax.kernels.vocab_loss.comparison import KL, Comparison, Dense, Stats
 from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 
 
@@ -17,7 +17,7 @@ def vocab_loss(
     hard_R: Float[Array, "R"],
     soft_R: Float[Array, "R"] | None = None,
     teacher: Dense | SparseTargets | None = None,
-    form: Form = KL,
+    comparison: Comparison = KL,
     toward: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Stats]:
     """(sum_i hard_i CE_i + soft_i g_i t^2 D_i, statistics); see `api.vocab_loss`."""
@@ -30,7 +30,7 @@ def vocab_loss(
     stats = Stats(ce_R)
     hard_RV = q_RV - jax.nn.one_hot(labels_R, V)
     entropy_R = -jnp.sum(q_RV * log_q_RV, axis=-1)
-    if form.measure:
+    if comparison.measure:
         best_R = q_RV.max(axis=-1)
         stats = stats._replace(entropy=entropy_R, confidence=best_R, correct=q_RV[rows, labels_R] >= best_R)
     if teacher is None or soft_R is None:
@@ -44,9 +44,9 @@ def vocab_loss(
         entropy_p_R = -jnp.sum(p_RV * log_p_RV, axis=-1)
 
         def each(z_RV):
-            t = form.temperature
+            t = comparison.temperature
             mixed_RV = teacher_RV if toward is None else (1 - toward) * constant(z_RV) + toward * teacher_RV
-            return divergence(form, jax.nn.log_softmax(mixed_RV / t), jax.nn.log_softmax(z_RV / t))
+            return divergence(comparison, jax.nn.log_softmax(mixed_RV / t), jax.nn.log_softmax(z_RV / t))
     else:
         entropy_p_R = teacher.entropy
 
@@ -55,16 +55,16 @@ def vocab_loss(
 
     d_R = each(z_RV)
     focus_R = jnp.ones_like(ce_R)
-    if form.focus == "confidence":
+    if comparison.focus == "confidence":
         focus_R = 1 - entropy_p_R / jnp.log(V)
-    elif form.focus == "student_entropy":
+    elif comparison.focus == "student_entropy":
         focus_R = entropy_R / jnp.log(V)
-    elif form.focus == "disagreement":
+    elif comparison.focus == "disagreement":
         focus_R = 1 - jnp.sum(jnp.sqrt(p_RV * q_RV), axis=-1)
-    loss += form.temperature**2 * jnp.sum(soft_R * constant(focus_R) * d_R)
+    loss += comparison.temperature**2 * jnp.sum(soft_R * constant(focus_R) * d_R)
     stats = stats._replace(divergence=d_R, focus=focus_R)
-    if form.measure:
-        soft_RV = form.temperature**2 * jax.grad(lambda z: each(z).sum())(z_RV)
+    if comparison.measure:
+        soft_RV = comparison.temperature**2 * jax.grad(lambda z: each(z).sum())(z_RV)
         stats = stats._replace(
             hard_norm=jnp.linalg.norm(hard_RV, axis=-1), soft_norm=jnp.linalg.norm(soft_RV, axis=-1),
             norm_product=jnp.sum(hard_RV * soft_RV, axis=-1), teacher_entropy=entropy_p_R,
@@ -72,8 +72,9 @@ def vocab_loss(
         if isinstance(teacher, Dense):
             top = log_p_RV.argmax(axis=-1)
             stats = stats._replace(
-                kl=divergence(Form("kl"), log_p_RV, log_q_RV), reverse_kl=divergence(Form("reverse_kl"), log_p_RV,
-                log_q_RV), teacher_ce=-log_p_RV[rows, labels_R], present=jnp.ones_like(ce_R),
+                kl=divergence(KL, log_p_RV, log_q_RV),
+                reverse_kl=divergence(Comparison("reverse_kl"), log_p_RV, log_q_RV),
+                teacher_ce=-log_p_RV[rows, labels_R], present=jnp.ones_like(ce_R),
             )  # fmt: skip
         else:
             top = teacher.ids[:, 0]
@@ -82,9 +83,9 @@ def vocab_loss(
     return loss, constant(jax.tree.map(jnp.float32, stats))
 
 
-def divergence(form: Form, log_p_RV: jax.Array, log_q_RV: jax.Array) -> Float[Array, "R"]:
-    """D(p, q) as `Form` defines it."""
-    b = form.skew
+def divergence(comparison: Comparison, log_p_RV: jax.Array, log_q_RV: jax.Array) -> Float[Array, "R"]:
+    """D(p, q) as `Comparison` defines it."""
+    b = comparison.skew
 
     def kl(log_a, log_b):
         return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
@@ -92,13 +93,13 @@ def divergence(form: Form, log_p_RV: jax.Array, log_q_RV: jax.Array) -> Float[Ar
     def mixture(share_of_p):
         return jnp.log(share_of_p * jnp.exp(log_p_RV) + (1 - share_of_p) * jnp.exp(log_q_RV))
 
-    if form.kind == "kl":
+    if comparison.kind == "kl":
         return kl(log_p_RV, log_q_RV)
-    if form.kind == "reverse_kl":
+    if comparison.kind == "reverse_kl":
         return kl(log_q_RV, log_p_RV)
-    if form.kind == "skew_kl":
+    if comparison.kind == "skew_kl":
         return kl(log_p_RV, mixture(b))
-    if form.kind == "skew_reverse_kl":
+    if comparison.kind == "skew_reverse_kl":
         return kl(log_q_RV, mixture(1 - b))
     return b * kl(log_p_RV, mixture(b)) + (1 - b) * kl(log_q_RV, mixture(b))
 

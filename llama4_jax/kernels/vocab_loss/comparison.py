@@ -10,7 +10,7 @@ Focus = Literal["none", "confidence", "student_entropy", "disagreement"]
 
 
 @dataclass(frozen=True)
-class Form:
+class Comparison:
     """D(p, q) of a token and the factor g of its soft weight; p is the teacher's distribution and q the student's.
 
     Both at temperature t: p = softmax(z_teacher / t), q = softmax(z / t). With b = `skew`:
@@ -37,7 +37,7 @@ class Form:
     """Also take the statistics that the loss itself does not need."""
 
 
-KL = Form()
+KL = Comparison()
 
 
 class Dense(NamedTuple):
