@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     shapes = [_shape(text) for text in args.loss]
     if args.what == "distill" and not any(learner.distillation.teacher for learner in cfg.learners.values()):
         raise ValueError(f"{args.name} has no student: take one with a teacher, such as codistill:tiny")
+    if args.what == "distill" and args.steps < 1:
+        raise ValueError(f"a benchmark takes at least 1 step, not {args.steps}")
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)  # or compile_seconds would be those of reading a file

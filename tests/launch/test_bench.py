@@ -112,6 +112,25 @@ def test_command_takes_any_shape(capsys, tmp_path: Path, monkeypatch):
     assert "scout: 1,000 parameters; remat none" in out
 
 
+def test_distill_sets_the_loss_and_the_step_beside_their_like(co_trained, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("launch.train.find", lambda _: co_trained)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    file = tmp_path / "out.json"
+    assert cli.main(f"bench distill small --loss 2048x96 --steps 2 --json {file}".split()) == 0
+    result, out = json.loads(file.read_text()), capsys.readouterr().out
+    alone, measured = result["loss"]
+    assert (alone["measured"], measured["measured"], alone["width"], alone["teacher_width"]) == (False, True, 32, 32)
+    for loss in (alone, measured):  # a chunk of 1,024 tokens at a time, against all 2,048 of them
+        assert loss["memory_ratio"] == loss["temporaries"]["fused"] / loss["temporaries"]["naive"] < 1
+    seconds = result["step"]["seconds"]
+    assert set(seconds) == {"together", "teacher, forward", "student, labels alone"}
+    assert all(0 < x["range"][0] <= x["median"] <= x["range"][1] for x in seconds.values())
+    ends = [sum(seconds[part]["range"][end] for part in seconds if part != "together") for end in (0, 1)]
+    together = seconds["together"]["range"]
+    assert together[0] / ends[1] <= 1 + result["step"]["overhead"] <= together[1] / ends[0]
+    assert "2048 x 96 with statistics" in out and "together over the sum of the parts" in out
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -122,6 +141,12 @@ def test_command_takes_any_shape(capsys, tmp_path: Path, monkeypatch):
         ("bench step pretrain:tiny --batch some", "--train.batch is a whole number, not 'some'"),
         ("bench step pretrain:tiny --seq 200", "must be a multiple of scout's chunk (128)"),
         ("bench step pretrain:tiny --steps 0", "takes at least 1 step and 0 of warm-up, not 0 and 3"),
+        (
+            "bench distill pretrain:tiny",
+            "pretrain:tiny has no student: take one with a teacher, such as codistill:tiny",
+        ),
+        ("bench distill codistill:tiny --loss 4096", "--loss takes TOKENSxVOCABULARY, such as 4096x20480, not '4096'"),
+        ("bench distill codistill:tiny --steps 0", "a benchmark takes at least 1 step, not 0"),
         ("bench step pretrain:tiny --jsn", "no option or field --jsn; the nearest is --json"),
         ("bench step pretrain:tiny --json no/where.json", "there is no folder"),
     ],
