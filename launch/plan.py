@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, metavar="KIND:SHAPE",
                         help="v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x8, or h100:HOSTSx8")  # fmt: skip
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--fast", action="store_true", help="by formulas alone, in a second or two; nothing is compiled")
+    how.add_argument("--fast", action="store_true", help="by formulas alone, in a few seconds; nothing is compiled")
     how.add_argument("--search", action="store_true",
                      help="rank meshes, remat and microbatches by formulas; compile the best three")  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="with --search: the ranking alone")
