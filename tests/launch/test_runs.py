@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from support import error, output
 
 import configs
 from launch import cli
@@ -32,17 +33,6 @@ def train(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The line that starts a run of two steps in `run`."""
     monkeypatch.chdir(corpus.parent)
     return f"train pretrain:tiny --out run --data.jsonl {corpus} {TINY} --train.steps 2"
-
-
-def output(line: str, capsys) -> dict:
-    """The JSON on stdout, which holds nothing else."""
-    assert cli.main([*line.split(), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def error(line: str, capsys) -> str:
-    assert cli.main(line.split()) == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_train_go_on_export_import(train: str, capsys):

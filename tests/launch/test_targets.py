@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from support import error, output
 
 import configs
 from data.loader import Corpus
@@ -48,16 +49,6 @@ def write(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     write_config(epath.Path("teacher"), cfg)
     tokenizer.save("teacher")
     return f"targets write pretrain:tiny {line} --init run:teacher --top 4 --draws 2"
-
-
-def output(line: str, capsys) -> dict:
-    assert cli.main([*line.split(), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def error(line: str, capsys) -> str:
-    assert cli.main(line.split()) == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_write_go_on_and_read(write: str, corpus: Path, capsys):

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support import kill, running
 
 from data.batch import Batch
 from data.packing import Document, Packer, build_row
@@ -87,20 +88,6 @@ def serving(port: int = 0, identity: Identity = IDENTITY, teacher: Teacher | Non
     server = Server(teacher or Teacher(), identity, CHUNK, bind("127.0.0.1", port), log=quiet, **kwargs)
     with running(server):
         yield server
-
-
-@contextmanager
-def running(server: Server) -> Iterator[None]:
-    thread, listening = threading.Thread(target=server.run), threading.Event()
-    server.log = lambda line: listening.set()
-    thread.start()
-    try:
-        assert listening.wait(30)
-        yield
-    finally:
-        server.stopping.set()
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def port_of(server: Server) -> int:
@@ -226,13 +213,6 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(stream, "PROTOCOL", 9)
         with pytest.raises(ValueError, match="has version 1 of the protocol, but the student version 9"):
             student(server.address)
-
-
-def kill(server: Server) -> None:
-    """As a dying process does: all sockets are gone at once."""
-    server.stopping.set()
-    for client in list(server.clients):
-        client.transport.close()
 
 
 def test_killed_and_started_again():

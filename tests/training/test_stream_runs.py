@@ -7,9 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,45 +15,25 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from support import ROOT, kill, running
 
 from data.loader import Corpus
 from training import stream
 from training.config import Distillation, RunConfig
 from training.loop import train, write_config
 from training.metrics import read
-from training.serve import Server, make_server
+from training.serve import make_server
 from training.stream import Stream
 from training.target_record import Form
 from training.targets import Reader
 from training.teach import teach
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 FORM = Form("stratified", 4, 2)
+FORM_FLAGS = ("--top", "4", "--draws", "2")
 
 
 def quiet(_: str) -> None:
     """No lines."""
-
-
-@contextmanager
-def running(server: Server) -> Iterator[None]:
-    thread, listening = threading.Thread(target=server.run), threading.Event()
-    server.log = lambda line: listening.set()
-    thread.start()
-    try:
-        assert listening.wait(30)
-        yield
-    finally:
-        server.stopping.set()
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-def kill(server: Server) -> None:
-    """As a dying process does: all sockets are gone at once."""
-    server.stopping.set()
-    for client in list(server.clients):
-        client.transport.close()
 
 
 @pytest.fixture(scope="module")
@@ -172,17 +150,8 @@ def test_two_programs_and_the_death_of_one(taught, documents: Path, tmp_path: Pa
         write_config(epath.Path(tmp_path / folder), replace(of, data=data, train=long, out=""))
 
     def serve(port: int) -> tuple[subprocess.Popen, int]:
-        command = [
-            *llama4,
-            "targets",
-            "serve",
-            str(tmp_path / "teacher"),
-            "--listen",
-            f"127.0.0.1:{port}",
-            "--top",
-            "4",
-        ]
-        process = subprocess.Popen([*command, "--draws", "2"], env=env, stdout=subprocess.PIPE, text=True)
+        command = [*llama4, "targets", "serve", str(tmp_path / "teacher"), "--listen", f"127.0.0.1:{port}"]
+        process = subprocess.Popen([*command, *FORM_FLAGS], env=env, stdout=subprocess.PIPE, text=True)
         assert process.stdout
         for line in process.stdout:
             if found := re.match(r"listening on 127.0.0.1:(\d+)", line):

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
+from support import run_processes
 
 from data.loader import Corpus
 from training.checkpoint import Checkpoints, run_record
@@ -23,7 +20,6 @@ from training.mesh import make_mesh
 from training.state import create_state
 from training.targets import Reader
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 TEACH = """
 import json, sys
 import jax
@@ -43,18 +39,7 @@ print(json.dumps(teach(cfg, corpus, out, Form("stratified", 4, 2), log=lambda _:
 
 def teach(processes: int, *arguments: Path) -> list[dict]:
     """What `teach` returned on each process."""
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}", "JAX_PLATFORMS": "cpu"}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-c", TEACH, address, str(processes)]
-    started = [
-        subprocess.Popen([*command, str(i), *map(str, arguments)], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
-        for i in range(processes)
-    ]
-    outputs = [p.communicate(timeout=600)[0] for p in started]
-    assert not any(p.returncode for p in started), outputs
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+    return [json.loads(output.splitlines()[-1]) for output in run_processes(processes, TEACH, *arguments)]
 
 
 @pytest.mark.slow

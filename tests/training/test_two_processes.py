@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from support import run_processes
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = """
 import sys
 from dataclasses import replace
@@ -52,17 +47,7 @@ for _ in range(3):
 
 def run(processes: int, context: int) -> list[list[list[float]]]:
     """Per process, loss and gradient norm of each step."""
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}", "JAX_PLATFORMS": "cpu"}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-c", STEPS, address, str(processes)]
-    started = [
-        subprocess.Popen([*command, str(i), str(context)], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
-        for i in range(processes)
-    ]
-    outputs = [p.communicate(timeout=300)[0] for p in started]
-    assert not any(p.returncode for p in started), outputs
+    outputs = run_processes(processes, STEPS, context)
     return [[json.loads(f"[{','.join(line.split()[1:])}]") for line in out.splitlines() if line.startswith("loss")]
             for out in outputs]  # fmt: skip
 
