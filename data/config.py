@@ -14,6 +14,10 @@ class DataConfig:
     optional). Empty: the embedded corpora."""
     weights: dict[str, float] = field(default_factory=dict)
     """Share of the tokens by domain; domains not named share what is left by their size. Empty: by size."""
+    repeats: dict[str, float] = field(default_factory=dict)
+    """Most passes over a domain in a run; when they are made the others share what is left. Not named: no bound."""
+    caps: dict[str, int] = field(default_factory=dict)
+    """Most tokens of a domain in a stage of a run; then the others share what is left. Not named: no bound."""
     tokenizer: str = ""
     """A sentencepiece .model, a tiktoken-format Llama 4 tokenizer.model, or empty to train a BPE on the corpus."""
     vocab_size: int = 4096
@@ -24,5 +28,8 @@ class DataConfig:
     def __post_init__(self):
         if not 0 < self.heldout < 0.5:
             raise ValueError(f"data.heldout must lie between 0 and 0.5, not {self.heldout}")
+        for name, most in (*self.repeats.items(), *self.caps.items()):
+            if not most > 0:
+                raise ValueError(f"data.repeats and data.caps must be above 0; {name!r} has {most}")
         if self.vocab_size < 300:
             raise ValueError(f"data.vocab_size must be at least 300 (256 bytes and the specials): {self.vocab_size}")

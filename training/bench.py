@@ -38,7 +38,7 @@ def synthetic_batches(cfg: RunConfig, part: int = 0, parts: int = 1, count: int 
 
     def row(n: int) -> dict[str, np.ndarray]:
         document = Document(rng.integers(0, vocabulary, T + 1, np.int32), domain=0, document_id=n, first_visit=True)
-        return build_row([Piece(n, 0, T, 0)], {n: document}, T, pad_id=0)
+        return build_row([Piece((0, n), 0, T, 0)], {(0, n): document}, T, pad_id=0)
 
     return [stack([row(batch * rows + n) for n in range(rows)]) for batch in range(count)]
 

@@ -17,11 +17,14 @@ from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from data.loader import merged
 from llama4_jax.axes import is_variable
 from llama4_jax.text import abstract
 from training.config import RunConfig
@@ -178,6 +181,16 @@ def _check_leaves(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: s
 
 
 # --- The run's record: its config, and what a resumed run must share with it
+
+
+def whole_place(place: Mapping[str, Any]) -> dict[str, Any]:
+    """The place in the data of all processes together, from that of each: every one of them must call this."""
+    if jax.process_count() == 1:
+        return dict(place)
+    text = np.frombuffer(json.dumps(place).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text), np.int32))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+    return merged([json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)])
 
 
 def run_record(cfg: RunConfig, tokenizer: str) -> dict[str, Any]:

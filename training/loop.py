@@ -26,6 +26,7 @@ from training.checkpoint import (
     Checkpoints,
     check_resumable,
     run_record,
+    whole_place,
 )
 from training.config import RunConfig
 from training.evaluate import evaluate, make_eval_step
@@ -150,7 +151,7 @@ def _steps(stage: _Stage, report: _Reporter, checkpoints: Checkpoints, stop: _St
             if evaluating or stopping or step % train.checkpoint_every == 0:
                 report.finish(partial(stage.held_out, stage.state) if evaluating else dict)
                 if last or stopping or step % train.checkpoint_every == 0:
-                    place = stage.stream.get_state() | {"tokens_seen": report.tokens_seen}
+                    place = whole_place(stage.stream.get_state()) | {"tokens_seen": report.tokens_seen}
                     checkpoints.save(step, stage.state, place, record)
                 report.restart()
             if stopping:

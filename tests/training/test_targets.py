@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.batch import Batch, stack
-from data.packing import Document, Packer, build_row
+from data.packing import Document, build_row, cut, pack
 from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 from training import target_record, targets
 from training.target_record import Form
@@ -116,9 +116,9 @@ def documents(rng: np.random.Generator, count: int = 40) -> list[Document]:
 
 
 def packed(texts: list[Document], seq_len: int, rows: int) -> list[Batch]:
-    packer, by_key = Packer(seq_len, CHUNK), dict(enumerate(texts))
-    closed = [row for key, text in by_key.items() for row in packer.add(key, len(text.tokens))] + packer.flush()
-    built = [build_row(row, by_key, seq_len, 0) for row in closed]
+    by_key = {(0, n): text for n, text in enumerate(texts)}
+    spans = [span for key, text in by_key.items() for span in cut(key, len(text.tokens), seq_len)]
+    built = [build_row(row, by_key, seq_len, 0) for row in pack(spans, seq_len, CHUNK)]
     built += [build_row([], {}, seq_len, 0)] * (-len(built) % rows)
     return [stack(built[i : i + rows]) for i in range(0, len(built), rows)]
 
