@@ -21,7 +21,7 @@ from data.packing import Document, Key, Piece, Span, build_row, cut, pack
 
 WINDOW_TOKENS = 2**16
 WINDOW_ROWS = 4  # at least
-OF_A_PASS = 8  # windows of a lane's pass over the corpus, at least: what is packed together was read together
+OF_A_PASS = 8  # windows of a lane's pass over the corpus, where they can be so small: passes mix within a window
 SLACK = 16  # a window is packed from a sixteenth more than it holds; what fits least waits for the next one
 
 
@@ -84,7 +84,7 @@ class Lanes:
         self._domains, self._mine, self._count = domains, tuple(mine), count
         self._seq_len, self._chunk, self._pad_id, self._seed, self._pool = seq_len, chunk, pad_id, seed, pool
         of_a_pass = int(pass_tokens / (count * seq_len * OF_A_PASS))
-        self.window_rows = max(1, min(max(WINDOW_ROWS, WINDOW_TOKENS // seq_len), of_a_pass))
+        self.window_rows = max(WINDOW_ROWS, min(WINDOW_TOKENS // seq_len, of_a_pass))
         self._phase = {
             lane: np.random.default_rng((seed, lane)).random(len(domains)) * [d.mean_tokens for d in domains]
             for lane in self._mine
