@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.mixture import Order
 from data.packing import Document, Key, Piece, Span, build_row, cut, pack
 
 WINDOW_TOKENS = 2**16
@@ -35,8 +34,7 @@ class Domain:
 
     name: str
     share: float  # of the tokens
-    order: Order
-    read: Callable[[int, int], Document]  # by the two numbers that `order` gives
+    read: Callable[[int], Document]  # by its place in the domain's order
     mean_tokens: float  # of a document
     documents: float = float("inf")  # most places that all lanes read of it
     tokens: float = float("inf")  # most tokens
@@ -179,5 +177,4 @@ class Lanes:
         return max(open_, key=lambda d: self._domains[d].share / shares * whole - had[d])
 
     def _read(self, lane: int, domain: int, place: int) -> Document:
-        of = self._domains[domain]
-        return of.read(*of.order[lane + self._count * place])
+        return self._domains[domain].read(lane + self._count * place)

@@ -36,6 +36,7 @@ class Corpus:
         self._cfg, self._cache = cfg, cache
         self.tokenizer = tokens
         self.domains: tuple[str, ...] = tuple(source.name for source in documents)
+        self.training_sizes: tuple[int, ...] = tuple(map(len, train))  # documents of each domain
         self.hash = _corpus_hash(documents, train)
         counts = cache / f"tokens-{fingerprint([self.hash, tokens.hash])}.json"
         self.mean_tokens: dict[str, float] = json.loads(cached(counts, self._count_tokens))
@@ -156,17 +157,26 @@ class Corpus:
             iterator.set_state(place)
         return iterator
 
+    def training_order(
+        self, domain: int, seed: int, behind: Sequence[Sequence[int]] = ()
+    ) -> Callable[[int], tuple[int, int]]:
+        """Place in the domain's order (`data.mixture.Order`) to (the document's index in the domain, pass)."""
+        indices = self._train[domain]
+        order = mixture.Order(self.domains[domain], len(indices), seed, behind)
+
+        def at(place: int) -> tuple[int, int]:
+            document, visit = order[place]
+            return int(indices[document]), visit
+
+        return at
+
     def _domain(self, domain: int, seed: int, behind: Mapping[str, Sequence[Sequence[int]]]) -> Domain:
         """What lanes read of it; `behind` says by domain what the lanes of earlier stages read."""
-        name, indices = self.domains[domain], self._train[domain]
-        taken = behind.get(name, ())
-
-        def read(document: int, visit: int) -> Document:
-            return self._document(domain, int(indices[document]), visit)
-
+        name, taken = self.domains[domain], behind.get(self.domains[domain], ())
+        at = self.training_order(domain, seed, taken)
         return Domain(
-            name, self.shares[name], mixture.Order(name, len(indices), seed, taken), read, self.mean_tokens[name],
-            self._cfg.repeats.get(name, float("inf")) * len(indices) - sum(map(sum, taken)),
+            name, self.shares[name], lambda place: self._document(domain, *at(place)), self.mean_tokens[name],
+            self._cfg.repeats.get(name, float("inf")) * len(self._train[domain]) - sum(map(sum, taken)),
             float(self._cfg.caps.get(name, "inf")),
         )  # fmt: skip
 
@@ -195,6 +205,20 @@ def documents_read(place: Mapping[str, Any]) -> dict[str, dict[str, list[list[in
     here = {name: [*before.get(name, []), [(state.after or state.read)[d] for state in states]]
             for d, name in enumerate(stream["shares"])}  # fmt: skip
     return stream["behind"] | {stream["corpus"]: before | here}
+
+
+def ledger(corpus: Corpus, place: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every document of `corpus` that a run has read up to `place`: domain, its index there, pass (from 0), and which
+    stage (those of this corpus alone) and lane read it. By domain and stage, each lane's in the order of reading."""
+    read, seed = documents_read(place).get(corpus.hash, {}), place["stream"]["seed"]
+    for domain, name in enumerate(corpus.domains):
+        stages = read.get(name, [])
+        for stage, taken in enumerate(stages):
+            of = corpus.training_order(domain, seed, stages[:stage])
+            for lane, count in enumerate(taken):
+                for k in range(count):
+                    index, visit = of(lane + len(taken) * k)
+                    yield {"domain": name, "document": index, "pass": visit, "stage": stage, "lane": lane}
 
 
 def merged(places: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -109,9 +109,13 @@ class Checkpoints:
         """What `run_record` returned when the checkpoint was written."""
         return self._json(step, "run")
 
+    def place(self, step: int) -> dict[str, Any]:
+        """The position in the data, of the lanes of all processes (`data.loader.merged`), and the tokens seen."""
+        return self._json(step, "data")
+
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state, placed as `like` (see `training.state.abstract_state`), and the position in the data."""
-        return self.restore_tree(step, like), self._json(step, "data")
+        return self.restore_tree(step, like), self.place(step)
 
     def restore_tree(self, step: int, like: Any, prefix: str = "") -> Any:
         """The part of the state whose names begin with `prefix`, as the abstract tree `like` is shaped and placed."""

@@ -23,12 +23,14 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def domain(number: int, lengths: np.ndarray, share: float, documents: float = float("inf")) -> Domain:
     """Documents of these lengths, whose tokens say where they are: 1,000 times the document plus the token's place."""
 
-    def read(document: int, visit: int) -> Document:
+    order = Order(f"d{number}", len(lengths), 0)
+
+    def read(place: int) -> Document:
+        document, visit = order[place]
         tokens = (document * 1000 + np.arange(lengths[document]) % 1000).astype(np.int32)
         return Document(tokens, number, document, visit == 0)
 
-    order = Order(f"d{number}", len(lengths), 0)
-    return Domain(f"d{number}", share, order, read, float(lengths.mean()), documents)
+    return Domain(f"d{number}", share, read, float(lengths.mean()), documents)
 
 
 def log_normal(rng: np.random.Generator, mean: float, sigma: float, count: int, most: int = 10**7) -> np.ndarray:
@@ -62,7 +64,7 @@ def test_tokens_are_within_one_longest_document_of_their_shares(pool):
     rng = np.random.default_rng(1)
     means, shares = (3.0, 5.0, 7.0, 9.0, 4.0), np.array([0.4, 0.05, 0.3, 0.2, 0.05])
     domains = [domain(d, log_normal(rng, mean, 1.0, 3000, 20_000), shares[d]) for d, mean in enumerate(means)]
-    longest = max(int(of.read(i, 0).tokens.size) for of in domains for i in range(3000))
+    longest = max(int(of.read(i).tokens.size) for of in domains for i in range(3000))
     lanes = Lanes(domains, range(4), 4, 2048, 512, 0, 0, pool, 10**9)
     worst, ends = 0.0, set()
     for _ in range(120):

@@ -14,7 +14,7 @@ import pytest
 from data.batch import FIELDS, Batch
 from data.config import DataConfig
 from data.lanes import DataEnds
-from data.loader import Corpus, documents_read, merged
+from data.loader import Corpus, documents_read, ledger, merged
 
 GRID = dict(seq_len=64, chunk=16)
 
@@ -147,6 +147,23 @@ def test_batches_hold_the_training_documents_and_the_token_shares(corpus):
     assert text and text in corpus.sources[first.domain[0, 0]][int(document)]
     assert first.tokens.shape == (4, 64) and first.first_visit[first.segment_ids > 0].all()
     assert not batches[-1].first_visit.all(), "later passes are no first visits"
+
+
+def test_the_ledger_lists_what_was_read(corpus):
+    """Through two stages of other rows: every document once a pass, what batches held among them, none else."""
+    seen, place = set(), None
+    for batch, seq_len, steps in ((3, 64, 9), (2, 128, 7)):
+        stream = corpus.train(batch, seq_len, 16, 0, 0, 1, place, True)
+        seen |= documents_of([next(stream) for _ in range(steps)])
+        place = json.loads(json.dumps(stream.get_state()))
+        stream.close()
+    listed = list(ledger(corpus, place))
+    number = {name: n for n, name in enumerate(corpus.domains)}
+    pairs = [(number[line["domain"]], line["document"]) for line in listed if line["pass"] == 0]
+    assert len(pairs) == len(set(pairs)) and seen <= set(pairs)
+    assert {(line["stage"], line["lane"]) for line in listed} == {(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)}
+    counted = documents_read(place)[corpus.hash]
+    assert len(listed) == sum(sum(map(sum, stages)) for stages in counted.values())
 
 
 def test_what_a_run_may_read_of_a_domain_is_bounded(cfg, corpus, tmp_path):
