@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.packing import Document, Key, Piece, Span, build_row, cut, pack
+from data.batch import Batch
+from data.packing import Document, Key, Piece, Row, Span, build_batch, cut, pack
 
 WINDOW_TOKENS = 2**16
 WINDOW_ROWS = 4  # at least
@@ -72,7 +73,7 @@ class _Window(NamedTuple):
 
 
 class Lanes:
-    """Some of the `count` lanes of a stream of rows, each with its window; `rows()` gives the next row of each."""
+    """Some of the `count` lanes of a stream of rows, each with its window; `batch()` gives the next row of each."""
 
     def __init__(
         self, domains: Sequence[Domain], mine: Iterable[int], count: int, seq_len: int, chunk: int, pad_id: int,
@@ -95,11 +96,11 @@ class Lanes:
         self._next = [self._pool.submit(self._window, lane, s, {}) for lane, s in zip(self._mine, states, strict=True)]
         self._windows: list[_Window | None] = [None] * len(self._mine)
 
-    def rows(self) -> list[dict[str, np.ndarray]]:
-        """The next row of each lane: the fields of `data.batch.Batch`, each [T]."""
-        return [self._row(n) for n in range(len(self._mine))]
+    def batch(self) -> Batch:
+        """The next row of each lane."""
+        return build_batch([self._row(n) for n in range(len(self._mine))], self._seq_len, self._pad_id)
 
-    def _row(self, n: int) -> dict[str, np.ndarray]:
+    def _row(self, n: int) -> Row:
         state, window = self._states[n], self._windows[n]
         while window is None or state.given == len(window.rows):
             state = window.then if window else state
@@ -107,7 +108,7 @@ class Lanes:
             self._next[n] = self._pool.submit(self._window, self._mine[n], window.then, window.documents)
             state = state._replace(after=window.then.read)
         self._states[n] = state._replace(given=state.given + 1)
-        return build_row(window.rows[state.given], window.documents, self._seq_len, self._pad_id)
+        return window.rows[state.given], window.documents
 
     @property
     def states(self) -> dict[int, LaneState]:

@@ -16,11 +16,11 @@ import sentencepiece
 from etils import epath
 
 from data import mixture, sources, tokenizer
-from data.batch import Batch, stack
+from data.batch import Batch
 from data.cache import cached, fingerprint
 from data.config import DataConfig
 from data.lanes import Domain, Lanes, LaneState
-from data.packing import Document, Key, build_row, check_grid, cut, pack
+from data.packing import Document, Key, Row, build_batch, check_grid, cut, pack
 
 BPE_SAMPLE = 6_000_000  # bytes of text on which a tokenizer is trained
 THREADS = min(8, os.cpu_count() or 1)  # in which windows of lanes are read, tokenised and packed
@@ -91,9 +91,9 @@ class Corpus:
         self.check_heldout(batch, max_batches)
         turns = [self._heldout_rows(d, seq_len, chunk, batch * max_batches) for d in range(len(self.domains))]
         rows = [rows[n] for n in range(max(map(len, turns))) for rows in turns if n < len(rows)][: batch * max_batches]
-        empty = build_row([], {}, seq_len, self.tokenizer.pad_id)
-        rows += [empty] * (-len(rows) % batch)
-        return [stack(rows[i : i + batch]) for i in range(0, len(rows), batch)]
+        rows += [([], {})] * (-len(rows) % batch)
+        pad_id = self.tokenizer.pad_id
+        return [build_batch(rows[i : i + batch], seq_len, pad_id) for i in range(0, len(rows), batch)]
 
     def check_heldout(self, batch: int, max_batches: int) -> None:
         """ValueError where that many held-out rows cannot show every domain."""
@@ -103,7 +103,7 @@ class Corpus:
                 f"ask for at least {-(-len(self.domains) // batch)} batch(es)"
             )
 
-    def _heldout_rows(self, domain: int, seq_len: int, chunk: int, most: int) -> list[dict[str, np.ndarray]]:
+    def _heldout_rows(self, domain: int, seq_len: int, chunk: int, most: int) -> list[Row]:
         check_grid(seq_len, chunk)
         documents: dict[Key, Document] = {}
         wanted, tokens, spans = -(-most // len(self.domains)), 0, []
@@ -117,7 +117,7 @@ class Corpus:
         # When other domains run out of rows, this one may have to fill their turns: keep all that may be asked for.
         kept = np.unique(np.linspace(0, len(packed) - 1, min(most, len(packed))).astype(int))
         order = np.argsort(np.arange(len(kept)) * 0.6180339887498949 % 1, kind="stable")  # any first few are spread
-        return [build_row(packed[kept[i]], documents, seq_len, self.tokenizer.pad_id) for i in order]
+        return [(packed[kept[i]], documents) for i in order]
 
     def _document(self, domain: int, index: int, visit: int) -> Document:
         return Document(self.tokenizer.document(self.sources[domain][index]), domain, index, visit == 0)
@@ -287,7 +287,7 @@ class _BatchIterator(grain.DatasetIterator):
         self._lanes = lanes
 
     def __next__(self) -> Batch:
-        return stack(self._lanes.rows())
+        return self._lanes.batch()
 
     def get_state(self) -> dict[int, LaneState]:
         return self._lanes.states

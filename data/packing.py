@@ -10,7 +10,7 @@ one starts a cell and takes the next ones whole, leaving the tail of its last ce
 than a row is split every `seq_len` tokens, which is on the grid, and each piece restarts at position 0: it attends to
 nothing before it, but still predicts the next token of the document across the cut.
 
-`pack` decides from lengths alone (best fit decreasing); `build_row` then makes the arrays.
+`pack` decides from lengths alone (best fit decreasing); `build_batch` then makes the arrays.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.batch import DTYPES
+from data.batch import Batch, padding
 
 Key = tuple[int, int]
 """Names a document: its domain, and its place in that domain's order."""
@@ -51,6 +51,10 @@ class Piece(NamedTuple):
     start: int
     stop: int
     at: int
+
+
+Row = tuple[Sequence[Piece], Mapping[Key, Document]]
+"""The pieces of a row, and the documents they are of."""
 
 
 def check_grid(seq_len: int, chunk: int) -> None:
@@ -117,26 +121,24 @@ def pack(spans: Sequence[Span], seq_len: int, chunk: int, first: int = 0) -> lis
     return rows
 
 
-def build_row(
-    pieces: Sequence[Piece], documents: Mapping[Key, Document], seq_len: int, pad_id: int
-) -> dict[str, np.ndarray]:
-    """The fields of `data.batch.Batch` for one row, each [T]; no pieces give a row of padding.
+def build_batch(rows: Sequence[Row], seq_len: int, pad_id: int) -> Batch:
+    """A batch [B, T] of rows, each of its pieces and the documents they are of; no pieces give a row of padding.
 
     A document of n tokens has the labels tokens[1:], across its cuts too; only its last token has none (loss mask 0).
     """
-    padding = dict(tokens=pad_id, labels=pad_id, document_id=-1)
-    row = {name: np.full(seq_len, padding.get(name, 0), dtype) for name, dtype in DTYPES.items()}
-    for segment, piece in enumerate(sorted(pieces, key=lambda piece: piece.at), 1):
-        document = documents[piece.key]
-        length = piece.stop - piece.start
-        span = slice(piece.at, piece.at + length)
-        labels = document.tokens[piece.start + 1 : piece.stop + 1]
-        row["tokens"][span] = document.tokens[piece.start : piece.stop]
-        row["labels"][piece.at : piece.at + len(labels)] = labels
-        row["loss_mask"][piece.at : piece.at + len(labels)] = 1
-        row["segment_ids"][span] = segment
-        row["positions"][span] = np.arange(length)
-        row["domain"][span] = document.domain
-        row["first_visit"][span] = document.first_visit
-        row["document_id"][span] = document.document_id
-    return row
+    batch, places = padding(len(rows), seq_len, pad_id), np.arange(seq_len, dtype=np.int32)
+    for row, (pieces, documents) in enumerate(rows):
+        for segment, piece in enumerate(sorted(pieces, key=lambda piece: piece.at), 1):
+            document = documents[piece.key]
+            length = piece.stop - piece.start
+            span = slice(piece.at, piece.at + length)
+            labels = document.tokens[piece.start + 1 : piece.stop + 1]
+            batch.tokens[row, span] = document.tokens[piece.start : piece.stop]
+            batch.labels[row, piece.at : piece.at + len(labels)] = labels
+            batch.loss_mask[row, piece.at : piece.at + len(labels)] = 1
+            batch.segment_ids[row, span] = segment
+            batch.positions[row, span] = places[:length]
+            batch.domain[row, span] = document.domain
+            batch.first_visit[row, span] = document.first_visit
+            batch.document_id[row, span] = document.document_id
+    return batch

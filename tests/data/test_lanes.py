@@ -48,7 +48,7 @@ def test_every_token_of_every_document_comes_once_a_pass(pool):
         assert lanes.window_rows > 1
         with pytest.raises(DataEnds):
             while True:
-                (row,) = lanes.rows()
+                row = {name: field[0] for name, field in lanes.batch()._asdict().items()}
                 for segment in range(1, row["segment_ids"].max() + 1):
                     (at,) = np.nonzero(row["segment_ids"] == segment)
                     d, document, places = row["domain"][at[0]], row["document_id"][at[0]], row["tokens"][at] % 1000
@@ -68,7 +68,7 @@ def test_tokens_are_within_one_longest_document_of_their_shares(pool):
     lanes = Lanes(domains, range(4), 4, 2048, 512, 0, 0, pool, 10**9)
     worst, ends = 0.0, set()
     for _ in range(120):
-        lanes.rows()
+        lanes.batch()
         tokens = np.array([state.tokens for state in lanes.states.values()])
         ends.add(tuple(state.window for state in lanes.states.values()))
         worst = max(worst, np.abs(tokens - tokens.sum(1, keepdims=True) * shares).max())
@@ -85,7 +85,7 @@ def test_rows_are_full(pool, seq_len, chunk, mean, sigma):
     lengths = log_normal(np.random.default_rng(2), mean, sigma, 20000)
     lanes = Lanes([domain(0, lengths, 1.0)], range(2), 2, seq_len, chunk, 0, 0, pool, 10**10)
     steps = 6 * lanes.window_rows
-    full = [np.mean([row["segment_ids"] > 0 for row in lanes.rows()]) for _ in range(steps)]
+    full = [np.mean(lanes.batch().segment_ids > 0) for _ in range(steps)]
     assert np.mean(full[lanes.window_rows :]) > 0.98
 
 
@@ -94,7 +94,7 @@ def test_a_state_is_some_numbers(pool):
     lanes = Lanes([domain(d, lengths, 0.25) for d in range(4)], [5], 64, 8192, 8192, 0, 0, pool, 10**10)
     sizes = []
     for _ in range(60):
-        lanes.rows()
+        lanes.batch()
         text = json.dumps(lanes.states[5].to_json(), separators=(",", ":"))
         assert LaneState.from_json(json.loads(text)) == lanes.states[5]
         sizes.append(len(text))
@@ -106,7 +106,7 @@ def test_a_document_of_many_rows_leaves_little_waiting(pool):
     lengths = np.array([100] * 50 + [300_000])
     lanes = Lanes([domain(0, lengths, 1.0)], [0], 1, 1024, 256, 0, 0, pool, 10**10)
     for _ in range(700):
-        lanes.rows()
+        lanes.batch()
         waiting = sum(span.stop - span.start for span in lanes.states[0].waiting)
         assert waiting < 70_000 / 16 + 300_000 / 16 + 1024
     assert lanes.states[0].window < 9

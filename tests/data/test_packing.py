@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.batch import DTYPES, FIELDS
-from data.packing import Document, Key, Span, build_row, cut, pack
+from data.packing import Document, Key, Span, build_batch, cut, pack
 
 GRIDS = [(64, 16), (64, 64), (48, 64), (96, 8), (32, 32), (16, 1000)]
 PAD = 999
@@ -27,11 +27,16 @@ def spans_of(documents: dict[Key, Document], seq_len: int) -> list[Span]:
     return [span for key, document in documents.items() for span in cut(key, len(document.tokens), seq_len)]
 
 
+def row_of(pieces, documents, seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
+    """The fields of a batch of one row, each [T]."""
+    return {name: field[0] for name, field in build_batch([(pieces, documents)], seq_len, pad_id)._asdict().items()}
+
+
 @pytest.mark.parametrize(("seq_len", "chunk"), GRIDS)
 def test_chunks_of_a_row_are_chunks_of_its_documents(seq_len, chunk):
     documents = random_documents(seq_len)
     for pieces in pack(spans_of(documents, seq_len), seq_len, chunk):
-        row = build_row(pieces, documents, seq_len, PAD)
+        row = row_of(pieces, documents, seq_len, PAD)
         real = row["segment_ids"] > 0
         segment, position, index = row["segment_ids"][real], row["positions"][real], np.arange(seq_len)[real]
         by_document = (segment[:, None] == segment) & (position[:, None] // chunk == position // chunk)
@@ -44,7 +49,7 @@ def test_rows_reassemble_to_the_documents_and_their_labels(seq_len, chunk):
     documents = random_documents(seq_len + 1)
     pieces: dict[Key, list[tuple[int, dict[str, np.ndarray]]]] = {key: [] for key in documents}
     for placed in pack(spans_of(documents, seq_len), seq_len, chunk):
-        row = build_row(placed, documents, seq_len, PAD)
+        row = row_of(placed, documents, seq_len, PAD)
         assert {name: array.dtype for name, array in row.items()} == {name: np.dtype(t) for name, t in DTYPES.items()}
         for segment, piece in enumerate(sorted(placed, key=lambda piece: piece.at), 1):
             (where,) = np.nonzero(row["segment_ids"] == segment)
@@ -71,7 +76,7 @@ def test_golden_rows():
     """Two cells of four: the longest first, into the first row; then what fits into the tails that are left."""
     tokens = [[1, 10, 11, 12, 13, 2], [1, 2], [1, 20, 2], [1, 30, 31, 32, 33, 34, 35, 36, 37, 2]]
     documents = {(n % 2, n): Document(np.array(t, np.int32), n % 2, n, n < 2) for n, t in enumerate(tokens)}
-    rows = [build_row(row, documents, 8, 0) for row in pack(spans_of(documents, 8), 8, 4)]
+    rows = [row_of(row, documents, 8, 0) for row in pack(spans_of(documents, 8), 8, 4)]
     expected = [
         dict(
             tokens=[1, 30, 31, 32, 33, 34, 35, 36], labels=[30, 31, 32, 33, 34, 35, 36, 37], segment_ids=[1] * 8,
@@ -96,7 +101,7 @@ def test_golden_rows():
 
 
 def test_a_row_of_no_pieces_is_padding():
-    row = build_row([], {}, 8, PAD)
+    row = row_of([], {}, 8, PAD)
     assert (row["tokens"] == PAD).all() and not row["segment_ids"].any() and not row["loss_mask"].any()
 
 

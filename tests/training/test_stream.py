@@ -18,7 +18,7 @@ import pytest
 from support import kill, running
 
 from data.batch import Batch
-from data.packing import Document, build_row, cut, pack
+from data.packing import Document, build_batch, cut, pack
 from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 from training import stream
 from training.serve import Server, bind
@@ -43,11 +43,9 @@ def batches(count: int, seed: int = 0) -> list[Batch]:
     texts = {(0, i): Document(rng.integers(0, V, n).astype(np.int32), 0, i, True)
              for i, n in enumerate(rng.integers(2, 3 * CHUNK, count * B * 4 + 8))}  # fmt: skip
     spans = [span for key, text in texts.items() for span in cut(key, len(text.tokens), T)]
-    built = [build_row(row, texts, T, 0) for row in pack(spans, T, CHUNK)[: count * B]]
-    assert len(built) == count * B
-    fields = [Batch(**{name: np.stack([row[name] for row in built[i : i + B]]) for name in Batch._fields})
-              for i in range(0, count * B, B)]  # fmt: skip
-    return [batch._replace(loss_mask=batch.loss_mask.astype(np.float32)) for batch in fields]
+    rows = [(row, texts) for row in pack(spans, T, CHUNK)]
+    assert len(rows) >= count * B
+    return [build_batch(rows[i : i + B], T, 0) for i in range(0, count * B, B)]
 
 
 def targets_of(batch: Batch) -> SparseTargets:
