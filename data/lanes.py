@@ -10,7 +10,7 @@ next one is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,15 +89,14 @@ class Lanes:
             for lane in self._mine
         }
         zeros = (0,) * len(domains)
-        self._begin([LaneState(0, 0, zeros, zeros, (), ())] * len(self._mine))
-
-    def _begin(self, states: Sequence[LaneState]) -> None:
-        self._states = list(states)
-        self._next = [self._pool.submit(self._window, lane, s, {}) for lane, s in zip(self._mine, states, strict=True)]
+        self._states = [LaneState(0, 0, zeros, zeros, (), ())] * len(self._mine)
         self._windows: list[_Window | None] = [None] * len(self._mine)
+        self._next: list[Future[_Window]] = []  # of each lane, once a batch was asked for
 
     def batch(self) -> Batch:
         """The next row of each lane."""
+        if not self._next:
+            self._next = [self._pool.submit(self._window, *of, {}) for of in zip(self._mine, self._states, strict=True)]
         return build_batch([self._row(n) for n in range(len(self._mine))], self._seq_len, self._pad_id)
 
     def _row(self, n: int) -> Row:
@@ -117,7 +116,8 @@ class Lanes:
     def restore(self, states: Mapping[int, LaneState]) -> None:
         for waits in self._next:
             waits.cancel()
-        self._begin([states[lane] for lane in self._mine])
+        self._states, self._next = [states[lane] for lane in self._mine], []
+        self._windows = [None] * len(self._mine)
 
     def _window(self, lane: int, state: LaneState, known: Mapping[Key, Document]) -> _Window:
         """The window that begins at `state`; `known` may hold documents of the one before."""
