@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.batch import DTYPES, FIELDS
 from data.packing import Document, Key, Span, build_batch, cut, pack
@@ -70,6 +72,27 @@ def test_rows_reassemble_to_the_documents_and_their_labels(seq_len, chunk):
         assert set(joined["first_visit"]) == {document.first_visit}
         cuts = {start for start, _ in pieces[key]}
         assert cuts == set(range(0, len(document.tokens), seq_len)), "only what is longer than a row is split"
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 200), max_size=60), cells=st.integers(1, 5), cell=st.integers(1, 40),
+    first=st.integers(0, 60),
+)  # fmt: skip
+def test_pack_loses_nothing_overlaps_nothing_and_stays_on_the_grid(lengths, cells, cell, first):
+    seq_len = cells * cell
+    spans = [span for n, length in enumerate(lengths) for span in cut((0, n), length, seq_len)]
+    rows = pack(spans, seq_len, cell, first)
+    pieces = [piece for row in rows for piece in row]
+    assert sorted(Span(*piece[:3]) for piece in pieces) == sorted(spans), "each span once, whole"
+    taken = [np.zeros(seq_len, int) for _ in rows]
+    for row, used in zip(rows, taken, strict=True):
+        for piece in row:
+            end = piece.at + piece.stop - piece.start
+            used[piece.at : end] += 1
+            assert end <= seq_len and (piece.at // cell == (end - 1) // cell or piece.at % cell == 0)
+    assert all(used.max(initial=0) <= 1 for used in taken)
+    assert all(rows), "no row is empty"
 
 
 def test_golden_rows():
