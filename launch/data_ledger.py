@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         place, record = checkpoints.place(step), checkpoints.record(step)
     cfg = config_from_json(record["config"]).at(step)
     log = partial(print, file=sys.stderr)
-    corpus = Corpus.open(cfg.data, cache_folder(), log, tokenizer.load(epath.Path(folder) / tokenizer.MODEL_FILE))
+    corpus = Corpus.open(cfg.data, cache_folder(), log, tokenizer.load(folder))
     facts = dict(run=folder, step=step, **count(corpus, place))
     if args.documents:
         with epath.Path(args.documents).open("w") as file:

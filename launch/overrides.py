@@ -101,7 +101,8 @@ def check_vocabulary(cfg: RunConfig, size: int | None = None) -> None:
     source = f"the tokenizer {cfg.data.tokenizer}" if cfg.data.tokenizer else "the tokenizer trained here"
     size = cfg.data.vocab_size if size is None else size
     for name, learner in cfg.learners.items():
-        if learner.model.vocab_size != size:
+        # A table larger than a given tokenizer has rows to spare, as published models do.
+        if learner.model.vocab_size < size or (learner.model.vocab_size != size and not cfg.data.tokenizer):
             field = "--model.vocab-size" if len(cfg.learners) == 1 else f"--learners.{name}.model.vocab-size"
             raise ValueError(
                 f"{name}'s vocab_size is {learner.model.vocab_size} but {source} has {size} tokens: give {field} {size}"

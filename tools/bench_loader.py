@@ -11,10 +11,8 @@ best of three counts (a busy machine only adds to them).
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -27,12 +25,12 @@ from launch.startup import cache_folder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", default=None, help="default: that of an installed llama-models")
+    parser.add_argument("--tokenizer", default="llama4", help="default: that of an installed llama-models")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=8192)
     parser.add_argument("--mtok", type=float, default=8.0, help="millions of tokens to read")
     args = parser.parse_args()
-    corpus = Corpus.open(DataConfig(), cache_folder(), tokens=load(args.tokenizer or installed()))
+    corpus = Corpus.open(DataConfig(), cache_folder(), tokens=load(args.tokenizer))
     steps = round(args.mtok * 1e6 / (args.batch * args.seq))
     times: dict[str, list[float]] = {"loader": [], "bare loop": []}
     for _ in range(3):
@@ -76,13 +74,6 @@ def bare(corpus: Corpus, batch: int, seq_len: int, read: list[tuple[int, int]]) 
             rows = [part.reshape(batch, seq_len).copy() for part in (buffer[:size], buffer[1 : size + 1], segments)]
             held, count, made = [buffer[size:]], count - size, made + rows[0].size
     return 1e6 * (time.process_time() - started) / made
-
-
-def installed() -> Path:
-    spec = importlib.util.find_spec("llama_models")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("give --tokenizer FILE, or install the extra llama")
-    return Path(spec.submodule_search_locations[0]) / "llama4" / "tokenizer.model"
 
 
 if __name__ == "__main__":

@@ -105,11 +105,78 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*nowhere"):
         tokenizer.load(tmp_path / "nowhere")
     (tmp_path / "junk").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="junk: neither a sentencepiece model nor tiktoken-format"):
+    with pytest.raises(ValueError, match="junk: neither a sentencepiece model, nor tiktoken-format"):
         tokenizer.load(tmp_path / "junk")
     (tmp_path / "short").write_bytes(b"IQ== 0\nIg== 1\n")
     with pytest.raises(ValueError, match="short: Llama 4's tokenizer has the ranks 0 to 199,999; this file has 2"):
         tokenizer.load(tmp_path / "short")
+
+
+@pytest.mark.parametrize("around", [True, False], ids=["post-processor", "names"])
+def test_a_tokenizer_json(around, tmp_path):
+    """Documents lie between its specials, whose names in a text are text; it is saved as it was."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra tokenizers")
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<pad>", "<s>", "</s>"]
+    sizes = dict(vocab_size=380, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    theirs.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(**sizes))
+    if around:
+        pair = [("<s>", 1), ("</s>", 2)]
+        theirs.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=pair)
+    theirs.enable_truncation(5)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = tokenizer.load(tmp_path)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.get_vocab_size(), 1, 2, 0)
+    for text in [*STRINGS, *random_strings(), TEXTS[1] * 9]:
+        ids = ours.document(text)
+        assert ids.dtype == np.int32 and (ids[0], ids[-1]) == (1, 2) and not {0, 1, 2} & set(ids[1:-1].tolist())
+        assert ours.decode(ids) == text and ids[1:-1].tolist() == ours.encode(text)
+    ours.save(tmp_path / "kept")
+    assert tokenizer.load(tmp_path / "kept").hash == ours.hash
+    assert [file.name for file in (tmp_path / "kept").iterdir()] == ["tokenizer.json"]
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"bad\.json: not a tokenizer\.json"):
+        tokenizer.load(tmp_path / "bad.json")
+
+
+def test_what_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    find = importlib.util.find_spec
+    missing = ("tokenizers", "llama_models")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else find(name))
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at llama4, nor the package llama-models .*\[llama\]"):
+        tokenizer.load("llama4")
+    with pytest.raises(ImportError, match=r"llama4_jax\[tokenizers\]"):
+        tokenizer.from_bytes(b'{"model": {}}')
+
+
+def test_a_document_is_what_encode_gives(model, llama4):
+    for text in STRINGS + random_strings() + ["b" * 900_000 + " c"]:
+        for one in (tokenizer.from_bytes(model), llama4):
+            assert one.document(text).tolist() == [one.bos_id, *one.encode(text), one.eos_id]
+
+
+def test_llama4_is_found_where_it_is_installed(llama4):
+    assert tokenizer.load("llama4").hash == llama4.hash
+
+
+def test_llama4_chat(llama4):
+    """The published template, and transformers' own tokenizer where it can be built from these ranks."""
+    messages = [dict(role="system", content="Be brief."), dict(role="user", content=" What is 2+2? <|eot|>\n")]
+    s = llama4.SPECIAL_IDS
+    assert s["eot"] == 200_008 and s["patch"] == 200_092 and set(llama4.STOPS) == {s["end_of_text"], s["eom"], s["eot"]}
+    want = [200_000]
+    for role, content in (("system", "Be brief."), ("user", "What is 2+2? <|eot|>")):
+        want += [200_005, *llama4.encode(role), 200_006, 368, *llama4.encode(content), 200_008]
+    assert llama4.encode("\n\n") == [368]
+    assert llama4.chat(messages, answer=False) == want
+    assert llama4.chat(messages) == [*want, 200_005, *llama4.encode("assistant"), 200_006, 368]
+    assert want.count(200_008) == 2, "the name of a special token in a message is text"
+    with pytest.raises(ValueError, match="no role 'robot' in a chat: it is one of system, user, assistant, ipython"):
+        llama4.chat([dict(role="robot", content="")])
 
 
 def test_llama4_golden_ids(llama4):
