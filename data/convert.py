@@ -345,7 +345,7 @@ def _run_beam(tasks: Sequence[Task], arguments: Sequence[str]) -> None:
         import apache_beam as beam  # type: ignore
         from apache_beam.options.pipeline_options import PipelineOptions  # type: ignore
     except ModuleNotFoundError as error:
-        raise ImportError("--runner beam needs Apache Beam: pip install 'llama4_jax[beam]'") from error
+        raise ImportError("--runner beam needs Apache Beam: pip install -e '.[beam]'") from error
     with beam.Pipeline(options=PipelineOptions(list(arguments))) as pipeline:
         _ = pipeline | beam.Create(list(tasks)) | beam.Reshuffle() | beam.Map(run_task)
 

@@ -15,13 +15,14 @@ import hashlib
 import io
 import itertools
 import json
+import shutil
 import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -37,6 +38,7 @@ PATIENCE = 1000  # records of a task without one document among them: the wrong 
 Seal = dict[str, Any]
 
 
+@runtime_checkable
 class Report(Protocol):
     """Told of the progress of a task, in amounts since the last time; with none at its end.
 
@@ -227,6 +229,7 @@ class _Shard:
     def _open(self) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
 
+        self._folder.mkdir(parents=True, exist_ok=True)
         if "://" in str(self._folder):
             self._scratch = tempfile.TemporaryDirectory()
         self._file = Path(self._scratch.name if self._scratch else self._folder) / f"{self._stem}.array_record"
@@ -260,7 +263,8 @@ class _Shard:
         reader.close()
         shard = (self._file.name, self._file.stat().st_size, _digest(self._file))
         if self._scratch is not None:
-            epath.Path(self._file).copy(self._folder / self._file.name, overwrite=True)
+            with self._file.open("rb") as source, (self._folder / self._file.name).open("wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
         index = self._folder / f"{self._stem}.index.npz"
         content = self._index()
         index.write_bytes(content)
