@@ -14,7 +14,7 @@ def output(line: str, capsys) -> str:
 
 
 def test_data_describes_what_is_read(corpus: Path, capsys):
-    fields = f"--data.jsonl {corpus} --data.vocab-size 320 --data.weights long=0.25 --data.heldout 0.2"
+    fields = f"--data.sources text={corpus} --data.vocab-size 320 --data.weights long=0.25 --data.heldout 0.2"
     facts = json.loads(output(f"data {fields} --json --show 3", capsys))
     assert facts["tokenizer"]["vocab_size"] == 320
     long, short = facts["domains"]["long"], facts["domains"]["short"]
@@ -32,7 +32,7 @@ def test_data_describes_what_is_read(corpus: Path, capsys):
 def test_tokenizer_goes_round(corpus: Path, tmp_path: Path, capsys):
     folder = tmp_path / "bpe"
     made = json.loads(
-        output(f"tokenizer train --to {folder} --data.jsonl {corpus} --data.vocab_size 320 --json", capsys)
+        output(f"tokenizer train --to {folder} --data.sources text={corpus} --data.vocab_size 320 --json", capsys)
     )
     assert made["vocab_size"] == 320
     assert json.loads(output(f"tokenizer info --tokenizer {folder} --json", capsys)) == made
