@@ -225,7 +225,7 @@ class _Pass:
             self.first_bad.append(f"{where(self.reader, shard, item.number)}: {why}")
         if self.budget == 0:
             seen = len(self.columns["hash"]) + max(self.bad, 1)
-            raise ValueError(_over(max(self.bad, 1), seen, self.what, 0, self.first_bad))
+            raise ValueError(_over(max(self.bad, 1), seen, self.what, 0.0, self.first_bad))
 
     def _estimate(self, total: int) -> None:
         """Count as bad what shards that do not open would hold if they were like the others."""

@@ -70,7 +70,7 @@ def tfds(place: str, cache: epath.Path) -> Examples:
         splits = list(builder.info.splits)
         if re.split(r"\W", wanted)[0] not in splits:
             raise ValueError(f"no split {wanted!r}; it has {', '.join(splits) or 'none: it is not prepared'}")
-        examples = builder.as_data_source(split=wanted)
+        examples: Any = builder.as_data_source(wanted)  # type: ignore
         files = sorted(epath.Path(builder.data_path).iterdir(), key=str)
         stats = [f"{file.name}:{(stat := file.stat()).length}:{stat.mtime}" for file in files]
     except Exception as error:
@@ -82,7 +82,7 @@ def tfds(place: str, cache: epath.Path) -> Examples:
 def hf(place: str, cache: epath.Path) -> Examples:
     """NAME_OR_FOLDER[:SPLIT]: what `datasets.load_dataset` takes, or a folder that `save_to_disk` wrote."""
     try:
-        import datasets
+        import datasets  # type: ignore
     except ModuleNotFoundError as error:
         raise ValueError(
             f"hf:{place} needs the package datasets, the extra hf: pip install 'llama4_jax[hf]', or make EXTRAS=hf"
