@@ -51,11 +51,20 @@ def walk(folder: epath.Path) -> Iterator[epath.Path]:
             yield path
 
 
-def files_of(place: str, kind: str) -> list[epath.Path]:
-    """The files of a kind at or below a place, by name; any file that is named itself."""
-    path = epath.Path(place)
+def path_of(place: str) -> epath.Path:
+    """What lies at a place; ValueError for a store that is not known, FileNotFoundError for nothing."""
+    try:
+        path = epath.Path(place)
+    except KeyError as error:
+        raise ValueError(f"{place} is in no store that can be read (local, gs://, s3://, az://)") from error
     if not path.exists():
         raise FileNotFoundError(f"nothing at {place}")
+    return path
+
+
+def files_of(place: str, kind: str) -> list[epath.Path]:
+    """The files of a kind at or below a place, by name; any file that is named itself."""
+    path = path_of(place)
     if not path.is_dir():
         return [path]
     files = sorted((file for file in walk(path) if kind_of(file.name) == kind), key=str)

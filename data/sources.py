@@ -17,6 +17,7 @@ was given under.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def _joined(parts: Sequence[Source]) -> Source:
 def _kind(place: str, what: str) -> tuple[str, str]:
     """(kind, the rest) of a place; a path without a kind is taken by its suffix, a folder by what it holds."""
     known = ("embedded", *KINDS)
-    if (prefixed := re.fullmatch(r"(\w+):(?!//)(.*)", place, re.DOTALL)) and not epath.Path(place).exists():
+    if (prefixed := re.fullmatch(r"(\w+):(?!//)(.*)", place, re.DOTALL)) and not os.path.exists(place):
         kind, rest = prefixed.groups()
         if kind not in known:
             near = difflib.get_close_matches(kind, known, n=1, cutoff=0)[0]
@@ -146,9 +147,10 @@ def _kind(place: str, what: str) -> tuple[str, str]:
         if not rest:
             raise ValueError(f"{what}: {place!r} names no place")
         return kind, rest
-    path = epath.Path(place)
-    if not path.exists():
-        raise FileNotFoundError(f"{what}: nothing at {place}")
+    try:
+        path = formats.path_of(place)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{what}: {error}") from error
     found = formats.kinds_in(path) if path.is_dir() else {kind} if (kind := formats.kind_of(path.name)) else set()
     if len(found) == 1:
         return found.pop(), place

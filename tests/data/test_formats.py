@@ -169,6 +169,7 @@ def test_the_corpus_says_what_was_skipped(tmp_path):
     [
         ("jsnl:x", "no kind 'jsnl'; the nearest is 'jsonl' (of embedded, jsonl, parquet,"),
         ("embedded:cod", "no embedded corpus 'cod'; the nearest is embedded:code"),
+        ("ftp://x/y.jsonl", "data.sources x: ftp://x/y.jsonl is in no store that can be read"),
         ("jsonl:", "'jsonl:' names no place"),
         ("jsonl:gone", "data.sources x: nothing at gone"),
         ("gone/d.parquet", "data.sources x: nothing at gone/d.parquet"),
