@@ -57,7 +57,7 @@ class Corpus:
         `cache`."""
         started = time.monotonic()
         cache = epath.Path(cache)
-        documents = sources.jsonl(cfg.jsonl, cache) if cfg.jsonl else sources.embedded(cache)
+        documents = sources.open_sources(cfg.sources, cache, cfg.bad_records, log)
         train, heldout = sources.split(documents, cfg.heldout)
         if tokens is None and cfg.tokenizer:
             tokens = tokenizer.load(cfg.tokenizer)
@@ -68,8 +68,10 @@ class Corpus:
             tokens = tokenizer.from_bytes(cached(file, lambda: tokenizer.train_bpe(sample, cfg.vocab_size)))
         corpus = cls(documents, train, heldout, tokens, cfg, cache)
         parts = ", ".join(f"{s.name} {s.sizes.sum() / 1e6:.1f} MB {corpus.shares[s.name]:.0%}" for s in documents)
+        skipped = sum(source.skipped for source in documents)
+        bad = f", {skipped:,} bad records skipped" if skipped else ""
         log(
-            f"data: {parts}; {sum(map(len, train)):,} documents, {sum(map(len, heldout)):,} held out, "
+            f"data: {parts}; {sum(map(len, train)):,} documents, {sum(map(len, heldout)):,} held out{bad}, "
             f"{corpus.tokens / 1e6:.1f}M tokens of {tokens.vocab_size:,}; opened in {time.monotonic() - started:.1f} s"
         )
         return corpus
@@ -78,7 +80,7 @@ class Corpus:
         """What another stage of a run reads: `cfg`'s documents in its shares, with this corpus's tokenizer."""
         if cfg == self._cfg:
             return self
-        if (cfg.jsonl, cfg.heldout) != (self._cfg.jsonl, self._cfg.heldout):
+        if any(getattr(cfg, name) != getattr(self._cfg, name) for name in ("sources", "bad_records", "heldout")):
             return Corpus.open(cfg, self._cache, log, self.tokenizer)
         return Corpus(self.sources, self._train, self._heldout, self.tokenizer, cfg, self._cache)
 

@@ -153,7 +153,7 @@ def _final(found: Sequence[Entry]) -> tuple[list[Entry], dict[str, list[float]]]
 
 def _vocabulary(run: Run) -> Any:
     data = run.config.get("data", {})
-    return [data.get(field) for field in ("tokenizer", "vocab_size", "jsonl", "heldout")]
+    return [data.get(field) for field in ("tokenizer", "vocab_size", "sources", "heldout")]
 
 
 def _losses(found: Sequence[Entry]) -> tuple[list[Line], str]:
@@ -348,7 +348,8 @@ def _documents(run: Run) -> str | None:
     if not data:
         return None
     weights = ", ".join(f"{name} {_text(w)}" for name, w in (data.get("weights") or {}).items())
-    return (data.get("jsonl") or "the embedded corpora") + (f" ({weights})" if weights else "")
+    places = ", ".join(f"{name} {place}" for name, place in (data.get("sources") or {}).items())
+    return (places or "the embedded corpora") + (f" ({weights})" if weights else "")
 
 
 def _parameters(model: Mapping[str, Any] | None) -> tuple[int, int]:

@@ -34,7 +34,7 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cfg(files) -> DataConfig:
-    return DataConfig(jsonl=str(files), vocab_size=330, heldout=0.1)
+    return DataConfig(sources={"text": str(files)}, vocab_size=330, heldout=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +69,13 @@ def test_opening_again_reuses_the_tokenizer(cfg, tmp_path, monkeypatch):
 
 def test_a_tokenizer_may_be_named(cfg, corpus, files, tmp_path):
     corpus.tokenizer.save(tmp_path / "tok")
-    named = DataConfig(jsonl=cfg.jsonl, tokenizer=str(tmp_path / "tok"))
+    named = DataConfig(sources=cfg.sources, tokenizer=str(tmp_path / "tok"))
     assert Corpus.open(named, tmp_path, log=lambda line: None).tokenizer.hash == corpus.tokenizer.hash
 
 
 def test_unknown_domains_are_refused(cfg, tmp_path):
     with pytest.raises(ValueError, match="'shrt'; the nearest is 'short'"):
-        Corpus.open(DataConfig(jsonl=cfg.jsonl, vocab_size=330, weights={"shrt": 0.5}), tmp_path)
+        Corpus.open(DataConfig(sources=cfg.sources, vocab_size=330, weights={"shrt": 0.5}), tmp_path)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 5, 11])
@@ -220,10 +220,10 @@ def test_the_last_heldout_batch_is_completed_with_padding(corpus):
 def test_a_program_ends_quietly_with_the_iterator_open(cfg, tmp_path):
     program = (
         "import sys; from data.loader import Corpus; from data.config import DataConfig\n"
-        "corpus = Corpus.open(DataConfig(jsonl=sys.argv[1], vocab_size=330, heldout=0.1), sys.argv[2])\n"
+        "corpus = Corpus.open(DataConfig(sources={'text': sys.argv[1]}, vocab_size=330, heldout=0.1), sys.argv[2])\n"
         "iterator = corpus.train(2, 64, 16, 0); next(iterator)\n"
     )
-    run = [sys.executable, "-c", program, cfg.jsonl, str(tmp_path)]
+    run = [sys.executable, "-c", program, cfg.sources["text"], str(tmp_path)]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(run, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == ""

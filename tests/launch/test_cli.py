@@ -56,7 +56,7 @@ def failure(line: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("train pretrain:tiny --from nowhere@x --out new", "--from takes RUN or RUN@STEP, a step being a whole number"),
         ("train pretrain:tiny --from", "argument --from: expected one argument"),
         ("train pretrain:tiny --offload true --remat none", "remat none does not: use remat attention"),
-        ("train pretrain:tiny --data.jsonl nowhere", "data.jsonl: nothing at nowhere"),
+        ("train pretrain:tiny --data.sources text=nowhere", "data.sources text: nothing at nowhere"),
         ("train pretrain:tiny --data.vocab-size 500 --model.vocab-size 600", "give --model.vocab-size 500"),
         ("demo --train.stepz 3", "no option or field --train.stepz; the nearest is --train.steps"),
         ("export", "the following arguments are required: RUN, --to (see llama4 export --help)"),
@@ -68,7 +68,7 @@ def failure(line: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("verify nowhere --tolerance big", "--tolerance: invalid float value: 'big'"),
         ("tokenizer encod", "'encod' (choose from"),
         ("tokenizer info --tokenizer nowhere", "no tokenizer at nowhere"),
-        ("tokenizer train --to new --data.jsonl nowhere", "data.jsonl: nothing at nowhere"),
+        ("tokenizer train --to new --data.sources text=nowhere", "data.sources text: nothing at nowhere"),
         ("inspect scuot", "scout"),
     ],
 )
@@ -82,7 +82,7 @@ def test_mistakes_take_one_line(line: str, message: str, capsys, tmp_path: Path,
 def test_a_bad_document_is_named(capsys, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
-    assert "bad.jsonl, line 2" in failure(f"data inspect --data.jsonl {tmp_path}/bad.jsonl", capsys)
+    assert "bad.jsonl, line 2" in failure(f"data inspect --data.sources text={tmp_path}/bad.jsonl", capsys)
 
 
 def test_the_unforeseen_keeps_its_traceback(monkeypatch):

@@ -16,7 +16,7 @@ def output(line: str, capsys) -> str:
 
 
 def test_data_describes_what_is_read(corpus: Path, capsys):
-    fields = f"--data.jsonl {corpus} --data.vocab-size 320 --data.weights long=0.25 --data.heldout 0.2"
+    fields = f"--data.sources text={corpus} --data.vocab-size 320 --data.weights long=0.25 --data.heldout 0.2"
     facts = json.loads(output(f"data inspect {fields} --json --show 1", capsys))
     assert facts["tokenizer"]["vocab_size"] == 320
     long, short = facts["domains"]["long"], facts["domains"]["short"]
@@ -44,7 +44,7 @@ def test_text_cannot_steer_the_terminal(tmp_path: Path, monkeypatch, capsys):
     texts = [f"{evil} {n} " + "the same words again " * 8 for n in range(90)]
     lines = [json.dumps(dict(text=text, domain=f"d\x1b{n % 2}")) for n, text in enumerate(texts)]
     (tmp_path / "evil.jsonl").write_text("\n".join(lines))
-    fields = f"--data.jsonl {tmp_path}/evil.jsonl --data.vocab-size 320 --model.vocab-size 320"
+    fields = f"--data.sources text={tmp_path}/evil.jsonl --data.vocab-size 320 --model.vocab-size 320"
     shown = output(f"data inspect {fields} --show 2", capsys)
     assert not set("\x1b\x07\x9b\u202e\u2066") & set(shown)
     assert r"\x1b[2J\x07[bold red]x[/] \u202eabc\x9b31m \u2066" in shown and r"d\x1b1" in shown
@@ -53,7 +53,7 @@ def test_text_cannot_steer_the_terminal(tmp_path: Path, monkeypatch, capsys):
 def test_tokenizer_goes_round(corpus: Path, tmp_path: Path, capsys):
     folder = tmp_path / "bpe"
     made = json.loads(
-        output(f"tokenizer train --to {folder} --data.jsonl {corpus} --data.vocab_size 320 --json", capsys)
+        output(f"tokenizer train --to {folder} --data.sources text={corpus} --data.vocab_size 320 --json", capsys)
     )
     assert made["vocab_size"] == 320
     assert json.loads(output(f"tokenizer info --tokenizer {folder} --json", capsys)) == made
