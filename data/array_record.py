@@ -1,9 +1,9 @@
 """ArrayRecord shards of JSON records, read at random, with the indexes and the manifest that `data convert` leaves.
 
-    NAME-00000-of-00012.array_record   a record is the UTF-8 JSON of {"text": ..., "domain": ..., ...}
-    NAME-00000-of-00012.index.npz      hash uint64 [N], size int64 [N], domain int32 [N] into names str; "" is none
-    manifest.json                      {"version": 1, "documents": N, "bytes": N, "shards": [{"file": ...,
-                                       "documents": N, "bytes": N, "hash": ...}]}
+    NAME.array_record   a record is the UTF-8 JSON of {"text": ..., "domain": ..., ...}
+    NAME.index.npz      hash uint64 [N], size int64 [N], domain int32 [N] into names str; "" is none
+    manifest.json       {"version": 1, "documents": N, "bytes": N, "shards": [{"file": ...,
+                        "documents": N, "bytes": N, "hash": ...}]}
 
 A shard with both is not walked through. Every chunk of a shard carries checksums, which its reader verifies.
 """

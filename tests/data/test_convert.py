@@ -31,7 +31,7 @@ from data import convert as conversion
 from data import records, shards
 from data.convert import convert, make_plan
 from data.shards import Options, run_task
-from data.sources import content_hash
+from data.sources import content_hash, open_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -476,3 +476,17 @@ def test_tasks_may_run_anywhere_and_twice(tmp_path: Path):
     seals = [seal for task in tasks for seal in shards.read_seals(task)]
     plan = make_plan([tmp_path / "a.jsonl"], tmp_path / "two", Options(shard_mb=1))
     assert conversion.manifest(plan, seals, 0.0) == wanted
+
+
+def test_what_was_converted_is_a_source(tmp_path, monkeypatch):
+    """The shards are read through the indexes beside them, with no pass over the records; domains are kept."""
+    texts = [f"document {n}: " + "some words " * (n % 7) for n in range(90)]
+    lines = [json.dumps(dict(text=text, domain=("a", "b")[n % 3 == 0])) for n, text in enumerate(texts)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    convert([tmp_path / "in.jsonl"], tmp_path / "out", Options(), log=lambda _: None)
+    monkeypatch.setattr("data.array_record.ArrayRecords.scan", None)
+    found = open_sources({"text": str(tmp_path / "out")}, epath.Path(tmp_path / "cache"))
+    assert [source.name for source in found] == ["a", "b"] and [len(source) for source in found] == [60, 30]
+    read = {source.name: [source[n] for n in range(len(source))] for source in found}
+    assert read == {"a": [t for n, t in enumerate(texts) if n % 3], "b": texts[::3]}
+    assert [list(source.sizes) for source in found] == [[len(t) for t in read[name]] for name in ("a", "b")]

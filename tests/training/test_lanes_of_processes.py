@@ -65,8 +65,8 @@ def test_one_process_four_and_two_that_go_on_read_the_same(
     folders = tmp_path / "one", tmp_path / "many"
     for folder in folders:
         cfg = run_config(folder, steps=50, eval_every=25, checkpoint_every=25, log_every=25)
-        write_config(epath.Path(folder), replace(cfg, data=replace(cfg.data, sources=dict(text=str(documents)), vocab_size=320,
-                                                                   heldout=0.1)))  # fmt: skip
+        data = replace(cfg.data, sources=dict(text=str(documents)), vocab_size=320, heldout=0.1)
+        write_config(epath.Path(folder), replace(cfg, data=data))
     one = rows(1, folders[0], cache, 50)
     assert len(one) == 50 and all(len(set(batch)) == 8 for batch in one)
     assert len({row for batch in one for row in batch}) > 350, "rows differ from each other"
