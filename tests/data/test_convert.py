@@ -484,9 +484,9 @@ def test_what_was_converted_is_a_source(tmp_path, monkeypatch):
     lines = [json.dumps(dict(text=text, domain=("a", "b")[n % 3 == 0])) for n, text in enumerate(texts)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     convert([tmp_path / "in.jsonl"], tmp_path / "out", Options(), log=lambda _: None)
-    monkeypatch.setattr("data.array_record.ArrayRecords.scan", None)
+    monkeypatch.setattr("data.array_record.ArrayRecords.scan", lambda *_: pytest.fail("a pass over the records"))
     found = open_sources({"text": str(tmp_path / "out")}, epath.Path(tmp_path / "cache"))
-    assert [source.name for source in found] == ["a", "b"] and [len(source) for source in found] == [60, 30]
+    assert [source.name for source in found] == ["a", "b"]
     read = {source.name: [source[n] for n in range(len(source))] for source in found}
     assert read == {"a": [t for n, t in enumerate(texts) if n % 3], "b": texts[::3]}
     assert [list(source.sizes) for source in found] == [[len(t) for t in read[name]] for name in ("a", "b")]
