@@ -30,7 +30,7 @@ def test_the_table_is_a_mixture():
 
 def test_shares_that_do_not_sum_to_one_are_refused():
     web = {"web": mix.Domain("jsonl:x", 0.6)}
-    with pytest.raises(ValueError, match="must sum to 1, not 0.6"):
+    with pytest.raises(ValueError, match=r"must sum to 1, not 0\.6"):
         mix.mixture(web, {}, 512)
     with pytest.raises(ValueError, match="domains with different names"):
         mix.mixture(web, {"web": mix.Domain("jsonl:y", 1.0)}, 512)
