@@ -79,7 +79,7 @@ def _languages() -> dict[str, Domain]:
 
 
 def scout_mix() -> RunConfig:
-    """Scout as in `pretrain:scout_8k`, on a table of domains to fill in: web, code, scientific, books, languages.
+    """Scout as in `pretrain:scout_8k`, on a table of domains to fill in, languages by temperature.
 
     Command:  llama4 train pretrain_mix:scout_mix --data.tokenizer tokenizer.model
               (documents under corpus/, or the places of `DOMAINS` in configs/pretrain_mix.py)
