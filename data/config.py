@@ -15,7 +15,8 @@ class DataConfig:
     weights: dict[str, float] = field(default_factory=dict)
     """Share of the tokens by domain; domains not named share what is left by their size. Empty: by size."""
     tokenizer: str = ""
-    """A sentencepiece .model, a tiktoken-format Llama 4 tokenizer.model, or empty to train a BPE on the corpus."""
+    """A sentencepiece .model, Llama 4's tokenizer.model (tiktoken's format), a Hugging Face tokenizer.json, or a folder
+    with one; `llama4`: Llama 4's, from the installed llama-models package; empty: a BPE is trained on the corpus."""
     vocab_size: int = 4096
     """Size of the vocabulary when the tokenizer is trained here."""
     heldout: float = 0.02
