@@ -40,7 +40,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _configuration(args: argparse.Namespace) -> RunConfig:
     """The preset with the folder's model, weights and tokenizer."""
-
     from data import tokenizer
     from training.export import read_config
 
@@ -78,9 +77,8 @@ def _write(cfg: RunConfig) -> None:
     state = initial_state(cfg, mesh)
     chunk = next(iter(cfg.learners.values())).model.chunk
     stream = corpus.train(cfg.train.batch, cfg.train.seq_len, chunk, cfg.train.seed)
-    kept = dataclasses.replace(
-        cfg.data, tokenizer=str(folder / corpus.tokenizer.FILE)
-    )  # the run needs the source no more
+    # The run needs the source no more.
+    kept = dataclasses.replace(cfg.data, tokenizer=str(folder / corpus.tokenizer.FILE))
     cfg = dataclasses.replace(cfg, data=kept)
     with Checkpoints(folder, cfg.train.checkpoint_keep) as checkpoints:
         checkpoints.save(0, state, stream.get_state() | {"tokens_seen": 0}, run_record(cfg, corpus.tokenizer.hash))
