@@ -19,8 +19,8 @@ class DataConfig:
     caps: dict[str, int] = field(default_factory=dict)
     """Most tokens of a domain in a stage of a run; then the others share what is left. Not named: no bound."""
     tokenizer: str = ""
-    """A sentencepiece .model, a tiktoken-format Llama 4 tokenizer.model, a tokenizer.json, or a folder with one of
-    them; llama4: that of an installed llama-models; empty: a BPE trained on the corpus."""
+    """A sentencepiece .model, Llama 4's tokenizer.model (tiktoken's format), a Hugging Face tokenizer.json, or a folder
+    with one; `llama4`: Llama 4's, from the installed llama-models package; empty: a BPE is trained on the corpus."""
     vocab_size: int = 4096
     """Size of the vocabulary when the tokenizer is trained here."""
     heldout: float = 0.02

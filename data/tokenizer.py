@@ -1,50 +1,47 @@
-"""Tokenizers: one small interface over sentencepiece models, Llama 4's byte-pair ranks (tiktoken format) and the
-`tokenizer.json` of the tokenizers library.
+"""Tokenizers: one small interface over sentencepiece models, Llama 4's byte-pair ranks (tiktoken format) and Hugging
+Face's `tokenizer.json`.
 
 The first two are lossless: decode(encode(text)) == text for every Unicode string when the model normalises nothing, as
-the models trained here do not; of a tokenizer.json that is as its file says.
+the models trained here do not.
 """
 
 from __future__ import annotations
 
-import base64
-import importlib.util
 import io
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
-from typing import ClassVar
 
 import numpy as np
 import sentencepiece
-import tiktoken
 from etils import epath
 
-MODEL_FILE = "tokenizer.model"
-JSON_FILE = "tokenizer.json"
-INSTALLED = "llama4"
-"""The name under which Llama 4's tokenizer is found in an installed llama-models."""
+MODEL_FILE, HF_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
 
 class Tokenizer(ABC):
     """Text to token ids and back. `hash` is the sha256 of the model file, so it names the vocabulary exactly."""
 
+    FILE = MODEL_FILE
+    """The name under which a folder holds the model file."""
     vocab_size: int
     bos_id: int
     eos_id: int
     pad_id: int
 
-    FILE = MODEL_FILE
-
     def __init__(self, model: bytes):
-        self._model = model
+        self._file = model
         self.hash: str = sha256(model).hexdigest()
 
     @abstractmethod
+    def ids(self, text: str) -> np.ndarray:
+        """Ids of the text alone, int32 [T], without bos or eos; names of special tokens in it are ordinary text."""
+
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without bos or eos; the names of special tokens in the text are ordinary text."""
+        """The same as a list."""
+        return self.ids(text).tolist()
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -52,20 +49,16 @@ class Tokenizer(ABC):
 
     def document(self, text: str) -> np.ndarray:
         """A whole document, int32 [T]: bos, the text's tokens, eos."""
-        ids = self._ids(text)
+        ids = self.ids(text)
         document = np.empty(len(ids) + 2, np.int32)
         document[0], document[1:-1], document[-1] = self.bos_id, ids, self.eos_id
         return document
-
-    def _ids(self, text: str) -> Sequence[int] | np.ndarray:
-        """What `encode` gives, in whatever form comes fastest."""
-        return self.encode(text)
 
     def save(self, folder: epath.PathLike) -> None:
         """Write the model file into `folder`, from which `load` reads it again."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.FILE).write_bytes(self._model)
+        (folder / self.FILE).write_bytes(self._file)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -80,19 +73,15 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError("the sentencepiece model has no bos or no eos piece; both mark a document's ends")
         self.pad_id = self._sp.pad_id() if self._sp.pad_id() >= 0 else self.eos_id
         # sentencepiece writes a space as U+2581, so a real U+2581 would come back as a space: spell it in bytes.
-        self._bar = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
-        self._bytes = all(self._sp.is_byte(i) for i in self._bar)
+        bar = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
+        self._bar, self._bytes = np.array(bar, np.int32), all(self._sp.is_byte(i) for i in bar)
 
-    def encode(self, text: str) -> list[int]:
+    def ids(self, text: str) -> np.ndarray:
+        encode = self._sp.encode_as_numpy
         if not self._bytes or "\u2581" not in text:
-            return self._sp.encode(text)
-        ids: list[int] = []
-        for n, part in enumerate(text.split("\u2581")):
-            ids += (self._bar if n else []) + self._sp.encode(part)
-        return ids
-
-    def _ids(self, text: str) -> Sequence[int] | np.ndarray:
-        return self.encode(text) if "\u2581" in text else self._sp.encode_as_numpy(text)
+            return encode(text)
+        first, *rest = map(encode, text.split("\u2581"))
+        return np.concatenate([first, *(ids for part in rest for ids in (self._bar, part))])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._sp.decode([int(i) for i in ids])
@@ -106,173 +95,47 @@ class SentencePieceTokenizer(Tokenizer):
             bos_token=name(self.bos_id), eos_token=name(self.eos_id), unk_token=name(self._sp.unk_id()),
             pad_token=name(self.pad_id), legacy=False, add_prefix_space=False, add_bos_token=True, add_eos_token=False,
         )  # fmt: skip
-        (epath.Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+        (epath.Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=1))
 
 
-# The o200k pre-tokenisation, its alternatives in order. An English contraction may end a word.
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_LEAD, _CONTRACTION = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-O200K_PATTERN = "|".join((
-    f"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTION}",  # a word that ends in lower case
-    f"{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTION}",  # a word of capitals
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",  # punctuation
-    r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",  # newlines; spaces, the last of which leads the next word
-))  # fmt: skip
-
-
-class Llama4Tokenizer(Tokenizer):
-    """Llama 4's tokenizer: 200,000 byte-pair ranks in tiktoken's text format, then 2,048 special ids."""
-
-    RANKS, SPECIALS = 200_000, 2_048
-    # Those that mean something to a model; the others are reserved. Text never becomes one of them.
-    SPECIAL_IDS: ClassVar[dict[str, int]] = dict(
-        begin_of_text=200_000, end_of_text=200_001, fim_prefix=200_002, fim_middle=200_003, fim_suffix=200_004,
-        header_start=200_005, header_end=200_006, eom=200_007, eot=200_008, step=200_009, python_start=200_016,
-        python_end=200_017, finetune_right_pad=200_018, image_start=200_080, image_end=200_081,
-        tile_x_separator=200_084, tile_y_separator=200_085, image=200_090, patch=200_092,
-        reasoning_thinking_start=201_142, reasoning_thinking_end=201_143,
-    )  # fmt: skip
-    STOPS = (200_001, 200_007, 200_008)  # ends of a text, of a message that a tool answers, of a turn
-    ROLES = ("system", "user", "assistant", "ipython")  # the last: results of tools
-    # tiktoken's regular expressions overflow their stack near a million characters without a break.
-    LONGEST = 400_000
-
-    def __init__(self, model: bytes):
-        super().__init__(model)
-        pairs = (line.split() for line in model.splitlines() if line)
-        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        if sorted(ranks.values()) != list(range(self.RANKS)):
-            raise ValueError(f"Llama 4's tokenizer has the ranks 0 to {self.RANKS - 1:,}; this file has {len(ranks):,}")
-        self._bpe = tiktoken.Encoding("llama4", pat_str=O200K_PATTERN, mergeable_ranks=ranks, special_tokens={})
-        self.vocab_size = self.RANKS + self.SPECIALS
-        self.bos_id, self.eos_id, self.pad_id = (
-            self.SPECIAL_IDS[name] for name in ("begin_of_text", "end_of_text", "finetune_right_pad")
-        )
-
-    def encode(self, text: str) -> list[int]:
-        parts = (text[i : i + self.LONGEST] for i in range(0, len(text), self.LONGEST))
-        return [token for part in parts for token in self._bpe.encode_ordinary(part)]
-
-    def _ids(self, text: str) -> np.ndarray:
-        parts = (text[i : i + self.LONGEST] for i in range(0, max(len(text), 1), self.LONGEST))
-        found = [self._bpe.encode_to_numpy(part, disallowed_special=()) for part in parts]
-        return found[0] if len(found) == 1 else np.concatenate(found)
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._bpe.decode([int(i) for i in ids if i < self.RANKS])
-
-    def chat(self, messages: Sequence[Mapping[str, str]], answer: bool = True) -> list[int]:
-        """Messages {"role": of `ROLES`, "content": text} as an instructed model reads them; with `answer` the header of
-        its own turn.
-
-        Of each message <|header_start|>role<|header_end|>, two newlines, the content without spaces around it, <|eot|>
-        (the published template of Llama 4, for text without calls of tools).
-        """
-        special = self.SPECIAL_IDS
-        ids = [self.bos_id]
-        for message in messages:
-            if message["role"] not in self.ROLES:
-                raise ValueError(f"no role {message['role']!r} in a chat: it is one of {', '.join(self.ROLES)}")
-            ids += self._header(message["role"])
-            ids += [*self.encode(message["content"].strip()), special["eot"]]
-        return ids + (self._header("assistant") if answer else [])
-
-    def _header(self, role: str) -> list[int]:
-        special = self.SPECIAL_IDS
-        return [special["header_start"], *self.encode(role), special["header_end"], *self.encode("\n\n")]
-
-
-class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json` of the tokenizers library (of transformers' fast tokenizers).
-
-    bos and eos are the special tokens that its post-processor sets around a text, or else those whose names are usual.
-    """
-
-    FILE = JSON_FILE
-    BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|im_start|>", "[CLS]", "<|endoftext|>")
-    EOS = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|im_end|>", "[SEP]")
-    PAD = ("<|finetune_right_pad|>", "<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
-
-    def __init__(self, model: bytes):
-        super().__init__(model)
-        if importlib.util.find_spec("tokenizers") is None:
-            raise ImportError("a tokenizer.json needs the tokenizers library: pip install 'llama4_jax[tokenizers]'")
-        import tokenizers
-
-        try:
-            self._tok = tokenizers.Tokenizer.from_str(model.decode())
-        except Exception as error:  # the library raises Exception itself
-            raise ValueError(f"not a tokenizer.json ({error})") from error
-        self._tok.no_padding()
-        self._tok.no_truncation()
-        self._tok.encode_special_tokens = True  # their names in a text are ordinary text
-        self.vocab_size = 1 + max(self._tok.get_vocab(with_added_tokens=True).values())  # ids may have gaps
-        around = self._tok.encode("a", add_special_tokens=True).ids
-        inside = self._tok.encode("a", add_special_tokens=False).ids
-        at = next((i for i in range(len(around)) if around[i : i + len(inside)] == inside), 0)
-        before, after = around[:at], around[at + len(inside) :]
-        bos, eos = before[0] if before else self._named(self.BOS), after[-1] if after else self._named(self.EOS)
-        if bos is None or eos is None:
-            raise ValueError(f"no token begins or ends a document: it has none of {', '.join((*self.BOS, *self.EOS))}")
-        self.bos_id, self.eos_id = bos, eos
-        pad = self._named(self.PAD)
-        self.pad_id = eos if pad is None else pad
-
-    def _named(self, names: Sequence[str]) -> int | None:
-        return next((found for name in names if (found := self._tok.token_to_id(name)) is not None), None)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tok.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._tok.decode([int(i) for i in ids], skip_special_tokens=True)
-
-
-def from_bytes(model: bytes) -> Tokenizer:
-    """The tokenizer of a file's content: tiktoken's "base64 rank" lines, a tokenizer.json, or a sentencepiece model."""
+def from_bytes(model: bytes, config: bytes = b"") -> Tokenizer:
+    """The tokenizer of a model file's content: tiktoken's "base64 rank" lines, a `tokenizer.json`, to which `config`
+    is the `tokenizer_config.json`, or a sentencepiece model."""
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", model):
+        from data.llama4_tokenizer import Llama4Tokenizer
+
         return Llama4Tokenizer(model)
-    if model.lstrip()[:1] == b"{":
-        return JsonTokenizer(model)
+    if re.match(rb'\s*\{\s*["}]', model):
+        from data.hf_tokenizer import HFTokenizer
+
+        return HFTokenizer(model, config)
     try:
         return SentencePieceTokenizer(model)
     except RuntimeError as error:
-        raise ValueError("neither a sentencepiece model, nor tiktoken-format ranks, nor a tokenizer.json") from error
+        raise ValueError("neither a sentencepiece model nor tiktoken-format ranks nor a tokenizer.json") from error
 
 
-def load(path: epath.PathLike) -> Tokenizer:
-    """Read a tokenizer from its file, or from a folder that holds it as `tokenizer.model` or `tokenizer.json`; "llama4"
-    is that of an installed llama-models, unless something else is there under this name."""
-    path = epath.Path(path)
-    if str(path) == INSTALLED and not path.exists():
-        path = _installed()
-    if path.is_dir():
-        path = beside(path) or path / MODEL_FILE
-    if not path.exists():
-        raise FileNotFoundError(f"no tokenizer at {path}")
-    try:
-        return from_bytes(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def beside(folder: epath.PathLike) -> epath.Path | None:
-    """The tokenizer's file in a folder of weights, if there is one."""
-    files = (epath.Path(folder) / name for name in (MODEL_FILE, JSON_FILE))
+def find(folder: epath.PathLike) -> epath.Path | None:
+    """The model file that a folder holds, `tokenizer.model` before `tokenizer.json`, if it holds one."""
+    files = (epath.Path(folder) / name for name in (MODEL_FILE, HF_FILE))
     return next((file for file in files if file.exists()), None)
 
 
-def _installed() -> epath.Path:
-    """Llama 4's tokenizer in the package llama-models, which is not imported."""
-    spec = importlib.util.find_spec("llama_models")
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        if (file := epath.Path(folder) / "llama4" / MODEL_FILE).exists():
-            return file
-    raise FileNotFoundError(
-        "no tokenizer at llama4, nor the package llama-models that has Llama 4's: pip install 'llama4_jax[llama]', or "
-        "give its tokenizer.model"
-    )
+def load(path: epath.PathLike) -> Tokenizer:
+    """Read a tokenizer from its model file or from a folder that holds one (`find`); `llama4` in place of a path is
+    Llama 4's, from the installed llama-models package."""
+    from data import llama4_tokenizer
+
+    named = llama4_tokenizer.installed() if str(path) == llama4_tokenizer.INSTALLED else epath.Path(path)
+    file = find(named) if named.is_dir() else named
+    if file is None or not file.exists():
+        what = f" ({MODEL_FILE} or {HF_FILE})" if file is None else ""
+        raise FileNotFoundError(f"no tokenizer{what} at {named}; a path, or {llama4_tokenizer.INSTALLED!r}")
+    beside = file.parent / CONFIG_FILE
+    try:
+        return from_bytes(file.read_bytes(), beside.read_bytes() if beside.exists() else b"")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:

@@ -82,7 +82,7 @@ def _print(facts: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from launch.data_inspect import printable
+    from data.contents import printable
 
     print(f"{facts['run']}, step {facts['step']}: {facts['tokens_seen']:,} labels seen, {facts['lanes']} lanes")
     table = Table("domain", box=box.SIMPLE_HEAD)

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="where everything but the model comes from (default: pretrain:tiny)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print what was written as JSON; the log goes to stderr")
     parser.epilog = (
-        "The model's shape is the folder's. The tokenizer is the folder's own, or --data.tokenizer PATH.\n"
+        "The model's shape is the folder's. The tokenizer is the folder's, or --data.tokenizer PATH.\n"
         "llama4 train RUN goes on from there; llama4 train NAME --init hf:DIR imports and trains in one."
     )
 
@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _configuration(args: argparse.Namespace) -> RunConfig:
     """The preset with the folder's model, weights and tokenizer."""
-
-    from data.tokenizer import JSON_FILE, MODEL_FILE, beside
+    from data import tokenizer
     from training.export import read_config
 
     cfg = configs.find(args.preset)
@@ -49,10 +48,13 @@ def _configuration(args: argparse.Namespace) -> RunConfig:
         raise ValueError(f"import makes a run with one learner, but {args.preset} has {', '.join(cfg.learners)}")
     name, learner = next(iter(cfg.learners.items()))
     learner = dataclasses.replace(learner, model=read_config(args.folder), init=f"hf:{args.folder}")
-    data = dataclasses.replace(cfg.data, tokenizer=str(beside(args.folder) or ""))
+    file = tokenizer.find(args.folder)
+    data = dataclasses.replace(cfg.data, tokenizer=str(file or ""))
     cfg = overrides.apply(dataclasses.replace(cfg, learners={name: learner}, data=data, out=args.to), args)
     if not cfg.data.tokenizer:
-        raise FileNotFoundError(f"no {MODEL_FILE} or {JSON_FILE} in {args.folder}: give --data.tokenizer PATH")
+        raise FileNotFoundError(
+            f"no {tokenizer.MODEL_FILE} or {tokenizer.HF_FILE} in {args.folder}: give --data.tokenizer PATH"
+        )
     return cfg
 
 

@@ -37,7 +37,7 @@ def run_tokenizer(folder: str | epath.Path, cfg: RunConfig) -> Tokenizer:
 
     from data import tokenizer
 
-    file = tokenizer.beside(folder) or cfg.data.tokenizer
-    if not file:
-        raise FileNotFoundError(f"no {tokenizer.MODEL_FILE} in {folder}")
-    return tokenizer.load(file)
+    kept = tokenizer.find(folder)
+    if kept is None and not cfg.data.tokenizer:
+        raise FileNotFoundError(f"no {tokenizer.MODEL_FILE} or {tokenizer.HF_FILE} in {folder}")
+    return tokenizer.load(kept or cfg.data.tokenizer)

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("words", metavar="ID", nargs="*", help="default: standard input")
     info = actions.add_parser("info", help="size, special ids and hash")
     for action in (encode, decode, info):
-        path = "its model file, or a folder that holds one: an export, a run"
+        path = "its file, or a folder that holds one (an export, a run), or llama4: the installed llama-models'"
         action.add_argument("--tokenizer", metavar="PATH", required=True, help=path)
     for action in (train, encode, decode, info):
         action.add_argument("--json", action="store_true", help="print the result as JSON; the log goes to stderr")

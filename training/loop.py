@@ -30,6 +30,7 @@ from training.checkpoint import (
 )
 from training.config import RunConfig
 from training.evaluate import evaluate, make_eval_step
+from training.first_batches import FirstBatches
 from training.flops import active_matmul_parameters
 from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
 from training.metrics import Console, Throughput, Writers, prefix, read, scalars
@@ -76,6 +77,8 @@ def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = 
             write_config(folder, cfg)
             corpus.tokenizer.save(folder)
             writers = stack.enter_context(closing(Writers(folder, start)))
+            if newest is None:
+                stage.stream = FirstBatches(stage.stream, corpora[start], folder, start)
         checkpoints = stack.enter_context(Checkpoints(folder, cfg.train.checkpoint_keep))
         stop = stack.enter_context(_Stop())
 

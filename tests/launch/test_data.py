@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from launch import cli
 
 
@@ -17,37 +15,46 @@ def output(line: str, capsys) -> str:
 
 def test_data_describes_what_is_read(corpus: Path, capsys):
     fields = f"--data.sources text={corpus} --data.vocab-size 320 --data.weights long=0.25 --data.heldout 0.2"
-    facts = json.loads(output(f"data inspect {fields} --json --show 1", capsys))
+    facts = json.loads(output(f"data inspect {fields} --json --show 3", capsys))
     assert facts["tokenizer"]["vocab_size"] == 320
     long, short = facts["domains"]["long"], facts["domains"]["short"]
     assert (long["documents"], short["documents"]) == (200, 100)
     assert all(d["train"] + d["heldout"] == d["documents"] and d["heldout"] > 0 for d in (long, short))
     assert (long["share"], short["share"]) == (0.25, 0.75)
     assert facts["packing"]["seq_len"] == 256 and 0.9 < facts["packing"]["fill"] <= 1
+    assert len(facts["samples"]) == 3
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-    assert all(any(sample["text"] in text for text in texts) for sample in facts["samples"])
-    assert [s["at"] for s in facts["samples"]] == sorted(s["at"] for s in facts["samples"])
-    assert sum(s["tokens"] for s in facts["samples"]) <= 256 and {s["row"] for s in facts["samples"]} == {0}
-    pieces = sum(facts["lengths"].values())
-    assert pieces == pytest.approx(facts["packing"]["pieces_per_row"] * facts["packing"]["rows"], rel=1e-3)
-    assert long["read_share"] == pytest.approx(0.25, abs=0.05)
+    assert all(sample["text"] in texts for sample in facts["samples"])
     table = output(f"data inspect {fields} --show 1", capsys)
-    assert "25.0%" in table and facts["samples"][0]["text"][:60] in table
-    third = json.loads(output(f"data inspect {fields} --json --show 1 --step 3", capsys))
-    assert third["samples"] != facts["samples"] and third["step"] == 3
+    assert "25.0%" in table and facts["samples"][0]["text"][:100] in table
 
 
-def test_text_cannot_steer_the_terminal(tmp_path: Path, monkeypatch, capsys):
-    """Escape sequences, marks that turn the writing round and rich's markup are shown for what they are."""
+EVIL = "a\x1b[31m\x07 [red]b[/red] \u202ecba\u2028 \x9b2J\r"
+
+
+def test_data_from_outside_reaches_no_terminal(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    evil = "\x1b[2J\x07[bold red]x[/] \u202eabc\x9b31m \u2066"
-    texts = [f"{evil} {n} " + "the same words again " * 8 for n in range(90)]
-    lines = [json.dumps(dict(text=text, domain=f"d\x1b{n % 2}")) for n, text in enumerate(texts)]
-    (tmp_path / "evil.jsonl").write_text("\n".join(lines))
-    fields = f"--data.sources text={tmp_path}/evil.jsonl --data.vocab-size 320 --model.vocab-size 320"
-    shown = output(f"data inspect {fields} --show 2", capsys)
-    assert not set("\x1b\x07\x9b\u202e\u2066") & set(shown)
-    assert r"\x1b[2J\x07[bold red]x[/] \u202eabc\x9b31m \u2066" in shown and r"d\x1b1" in shown
+    file = tmp_path / "evil.jsonl"
+    lines = [json.dumps({"text": f"{EVIL} {n} " + "word " * (n % 9), "domain": f"[red]{EVIL}"}) for n in range(200)]
+    file.write_text("\n".join(lines))
+    shown = output(
+        f"data inspect --data.sources text={file} --data.vocab-size 305 --data.heldout 0.2 --show 20", capsys
+    )
+    assert not set(shown) & set("\x1b\x07\r\x9b\u202e\u2028")
+    assert r"a\x1b[31m\x07 [red]b[/red] \u202ecba\u2028 \x9b2J\x0d" in shown
+
+
+def test_data_begins_with_the_batch_of_a_step(corpus: Path, capsys):
+    fields = f"--data.sources text={corpus} --data.vocab-size 320 --batches 1 --show 4 --json"
+    first, third = (json.loads(output(f"data inspect {fields} --step {k}", capsys)) for k in (1, 3))
+    assert (first["batches"]["batches"], third["batches"]["step"]) == (1, 3)
+    assert third["samples"][0]["step"] == 3 and first["samples"] != third["samples"]
+    assert sum(n for _, n in first["batches"]["lengths"]) == first["batches"]["pieces"]
+    for words, error in (("--step 0", "--step must be at least 1"), ("--step 9999", "give at most 250")):
+        assert cli.main(f"data inspect {words}".split()) == 2
+        assert error in capsys.readouterr().err
+    assert cli.main(["data", "inspct"]) == 2
+    assert "no action 'inspct'; the nearest is 'inspect'" in capsys.readouterr().err
 
 
 def test_tokenizer_goes_round(corpus: Path, tmp_path: Path, capsys):
