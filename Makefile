@@ -22,7 +22,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 help: ## show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), EXTRAS= (of: cuda tpu quant verify llama), JOBS=$(JOBS) test processes"
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), EXTRAS= (of: cuda tpu quant verify llama hf), JOBS=$(JOBS) test processes"
 
 demo: $(CORE_STAMP) ## set up and run the demonstration
 	@$(BIN)/llama4 demo

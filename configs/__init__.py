@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from configs import ablation, codistill, distill, pretrain
+from configs import ablation, codistill, distill, pretrain, pretrain_mix
 from training.config import RunConfig
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     f"{module.__name__.removeprefix('configs.')}:{f.__name__}": f
-    for module in (pretrain, codistill, distill, ablation)
+    for module in (pretrain, pretrain_mix, codistill, distill, ablation)
     for f in module.PRESETS
 }
 

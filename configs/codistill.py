@@ -50,7 +50,7 @@ def maverick_scout_from_behemoth() -> RunConfig:
     33.6M tokens a step (untuned), each learner by itself one row at a time on each device. The mesh holds four copies,
     as Scout's and Maverick's width of 5,120 cannot be stored over more than 1,024 devices.
 
-    Command:  llama4 train codistill:maverick_scout_from_behemoth --data.jsonl DIR --data.tokenizer tokenizer.model
+    Command:  llama4 train codistill:maverick_scout_from_behemoth --data.sources text=DIR --data.tokenizer F
     Hardware: 4,096 v5p (v5p:16x16x16)
     Result:   never run; llama4 plan codistill:maverick_scout_from_behemoth --topology v5p:16x16x16
     """

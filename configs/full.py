@@ -1,7 +1,7 @@
 """What presets of full size share: batches, token budgets, rates and meshes, each with its source or "untuned".
 
 Nothing of this was run: `docs/plans/` holds what the compiler and the data sheets say of each. All of them need
-documents and a tokenizer of 202,048 tokens or fewer: `--data.jsonl DIR --data.tokenizer tokenizer.model`.
+documents and a tokenizer of 202,048 tokens or fewer: `--data.sources text=DIR --data.tokenizer tokenizer.model`.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def tiny_long() -> RunConfig:
 def scout_8k() -> RunConfig:
     """Scout, rows of 8,192 tokens, 8.4M tokens a step (untuned).
 
-    Command:  llama4 train pretrain:scout_8k --data.jsonl DIR --data.tokenizer tokenizer.model
+    Command:  llama4 train pretrain:scout_8k --data.sources text=DIR --data.tokenizer tokenizer.model
     Hardware: 128 v5p (v5p:4x4x8)
     Result:   never run; llama4 plan pretrain:scout_8k --topology v5p:4x4x8
     """
@@ -86,7 +86,7 @@ def scout_8k() -> RunConfig:
 def scout_256k() -> RunConfig:
     """Scout's long-context stage, from the end of `scout_8k`: rows of 262,144, 2.1M tokens a step.
 
-    Command:  llama4 train pretrain:scout_256k --from runs/pretrain-scout_8k --data.jsonl DIR --data.tokenizer F
+    Command:  llama4 train pretrain:scout_256k --from runs/pretrain-scout_8k --data.sources text=DIR --data.tokenizer F
     Hardware: 256 v5p (v5p:4x8x8)
     Result:   never run; llama4 plan pretrain:scout_256k --topology v5p:4x8x8
     """
@@ -97,7 +97,7 @@ def scout_256k() -> RunConfig:
 def maverick_8k() -> RunConfig:
     """Maverick, rows of 8,192 tokens, 8.4M tokens a step (untuned).
 
-    Command:  llama4 train pretrain:maverick_8k --data.jsonl DIR --data.tokenizer tokenizer.model
+    Command:  llama4 train pretrain:maverick_8k --data.sources text=DIR --data.tokenizer tokenizer.model
     Hardware: 512 v5p (v5p:8x8x8)
     Result:   never run; llama4 plan pretrain:maverick_8k --topology v5p:8x8x8
     """
@@ -109,7 +109,8 @@ def maverick_8k() -> RunConfig:
 def maverick_256k() -> RunConfig:
     """Maverick's long-context stage, from the end of `maverick_8k`: rows of 262,144, 4.2M tokens a step.
 
-    Command:  llama4 train pretrain:maverick_256k --from runs/pretrain-maverick_8k --data.jsonl DIR --data.tokenizer F
+    Command:  llama4 train pretrain:maverick_256k --from runs/pretrain-maverick_8k --data.sources text=DIR
+              --data.tokenizer F
     Hardware: 512 v5p (v5p:8x8x8)
     Result:   never run; llama4 plan pretrain:maverick_256k --topology v5p:8x8x8
     """
@@ -121,7 +122,7 @@ def maverick_256k() -> RunConfig:
 def behemoth_8k() -> RunConfig:
     """Behemoth, rows of 8,192 tokens, 16.8M tokens a step (untuned).
 
-    Command:  llama4 train pretrain:behemoth_8k --data.jsonl DIR --data.tokenizer tokenizer.model
+    Command:  llama4 train pretrain:behemoth_8k --data.sources text=DIR --data.tokenizer tokenizer.model
     Hardware: 2,048 v5p (v5p:8x16x16)
     Result:   never run; llama4 plan pretrain:behemoth_8k --topology v5p:8x16x16
     """

@@ -36,6 +36,8 @@ DTYPES = dict(
 )  # fmt: skip
 
 
-def stack(rows: list[dict[str, np.ndarray]]) -> Batch:
-    """Stack rows (each a dict of the batch's fields, shape [T]) into a batch [B, T]."""
-    return Batch(**{f: np.stack([row[f] for row in rows]).astype(DTYPES[f]) for f in FIELDS})
+def padding(rows: int, seq_len: int, pad_id: int) -> Batch:
+    """A batch [B, T] of nothing but padding, to be written into."""
+    fill = dict(tokens=pad_id, labels=pad_id, document_id=-1)
+    return Batch(**{name: np.full((rows, seq_len), fill[name], dtype) if name in fill else
+                    np.zeros((rows, seq_len), dtype) for name, dtype in DTYPES.items()})  # fmt: skip

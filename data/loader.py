@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -14,16 +16,15 @@ import sentencepiece
 from etils import epath
 
 from data import mixture, sources, tokenizer
-from data.batch import Batch, stack
+from data.batch import Batch
 from data.cache import cached, fingerprint
 from data.config import DataConfig
-from data.packing import Document, Packer, Piece, build_row, check_grid
+from data.lanes import Domain, Lanes, LaneState
+from data.packing import Document, Key, Row, build_batch, check_grid, cut, pack
 
 BPE_SAMPLE = 6_000_000  # bytes of text on which a tokenizer is trained
-READ_THREADS = 4  # documents tokenised at once
-READ_AHEAD = 16  # documents
+THREADS = min(8, os.cpu_count() or 1)  # in which windows of lanes are read, tokenised and packed
 BATCHES_AHEAD = 2
-POOL_TOKENS = 2**18  # in packed rows from which batches are drawn
 
 
 class Corpus:
@@ -35,11 +36,14 @@ class Corpus:
         self._cfg, self._cache = cfg, cache
         self.tokenizer = tokens
         self.domains: tuple[str, ...] = tuple(source.name for source in documents)
+        self.training_sizes: tuple[int, ...] = tuple(map(len, train))  # documents of each domain
         self.hash = _corpus_hash(documents, train)
         counts = cache / f"tokens-{fingerprint([self.hash, tokens.hash])}.json"
         self.mean_tokens: dict[str, float] = json.loads(cached(counts, self._count_tokens))
         sizes = {name: mean * len(part) for (name, mean), part in zip(self.mean_tokens.items(), train, strict=True)}
         self.shares: dict[str, float] = mixture.token_shares(sizes, cfg.weights)
+        mixture.check_names("repeats", cfg.repeats, self.domains)
+        mixture.check_names("caps", cfg.caps, self.domains)
         self.tokens = round(sum(sizes.values()))  # of one pass over the training documents, estimated
 
     def _count_tokens(self) -> bytes:
@@ -53,7 +57,7 @@ class Corpus:
         `cache`."""
         started = time.monotonic()
         cache = epath.Path(cache)
-        documents = sources.jsonl(cfg.jsonl, cache) if cfg.jsonl else sources.embedded(cache)
+        documents = sources.open_sources(cfg.sources, cache, cfg.bad_records, log)
         train, heldout = sources.split(documents, cfg.heldout)
         if tokens is None and cfg.tokenizer:
             tokens = tokenizer.load(cfg.tokenizer)
@@ -64,8 +68,10 @@ class Corpus:
             tokens = tokenizer.from_bytes(cached(file, lambda: tokenizer.train_bpe(sample, cfg.vocab_size)))
         corpus = cls(documents, train, heldout, tokens, cfg, cache)
         parts = ", ".join(f"{s.name} {s.sizes.sum() / 1e6:.1f} MB {corpus.shares[s.name]:.0%}" for s in documents)
+        skipped = sum(source.skipped for source in documents)
+        bad = f", {skipped:,} bad records skipped" if skipped else ""
         log(
-            f"data: {parts}; {sum(map(len, train)):,} documents, {sum(map(len, heldout)):,} held out, "
+            f"data: {parts}; {sum(map(len, train)):,} documents, {sum(map(len, heldout)):,} held out{bad}, "
             f"{corpus.tokens / 1e6:.1f}M tokens of {tokens.vocab_size:,}; opened in {time.monotonic() - started:.1f} s"
         )
         return corpus
@@ -74,7 +80,7 @@ class Corpus:
         """What another stage of a run reads: `cfg`'s documents in its shares, with this corpus's tokenizer."""
         if cfg == self._cfg:
             return self
-        if (cfg.jsonl, cfg.heldout) != (self._cfg.jsonl, self._cfg.heldout):
+        if any(getattr(cfg, name) != getattr(self._cfg, name) for name in ("sources", "bad_records", "heldout")):
             return Corpus.open(cfg, self._cache, log, self.tokenizer)
         return Corpus(self.sources, self._train, self._heldout, self.tokenizer, cfg, self._cache)
 
@@ -87,9 +93,9 @@ class Corpus:
         self.check_heldout(batch, max_batches)
         turns = [self._heldout_rows(d, seq_len, chunk, batch * max_batches) for d in range(len(self.domains))]
         rows = [rows[n] for n in range(max(map(len, turns))) for rows in turns if n < len(rows)][: batch * max_batches]
-        empty = build_row([], {}, seq_len, self.tokenizer.pad_id)
-        rows += [empty] * (-len(rows) % batch)
-        return [stack(rows[i : i + batch]) for i in range(0, len(rows), batch)]
+        rows += [([], {})] * (-len(rows) % batch)
+        pad_id = self.tokenizer.pad_id
+        return [build_batch(rows[i : i + batch], seq_len, pad_id) for i in range(0, len(rows), batch)]
 
     def check_heldout(self, batch: int, max_batches: int) -> None:
         """ValueError where that many held-out rows cannot show every domain."""
@@ -99,32 +105,34 @@ class Corpus:
                 f"ask for at least {-(-len(self.domains) // batch)} batch(es)"
             )
 
-    def _heldout_rows(self, domain: int, seq_len: int, chunk: int, most: int) -> list[dict[str, np.ndarray]]:
-        packer = Packer(seq_len, chunk)
-        documents: dict[int, Document] = {}
-        packed: list[list[Piece]] = []
-        wanted = -(-most // len(self.domains))
+    def _heldout_rows(self, domain: int, seq_len: int, chunk: int, most: int) -> list[Row]:
+        check_grid(seq_len, chunk)
+        documents: dict[Key, Document] = {}
+        wanted, tokens, spans = -(-most // len(self.domains)), 0, []
         for index in self._heldout[domain].tolist():
-            tokens = self.tokenizer.document(self.sources[domain][index])
-            documents[index] = Document(tokens, domain, index, True)
-            packed += packer.add(index, len(tokens))
-            if len(packed) >= 8 * wanted:
+            document = documents[domain, index] = self._document(domain, index, 0)
+            spans += cut((domain, index), len(document.tokens), seq_len)
+            tokens += len(document.tokens)
+            if tokens >= 8 * wanted * seq_len:
                 break
-        packed += packer.flush()
+        packed = pack(spans, seq_len, chunk)
         # When other domains run out of rows, this one may have to fill their turns: keep all that may be asked for.
         kept = np.unique(np.linspace(0, len(packed) - 1, min(most, len(packed))).astype(int))
         order = np.argsort(np.arange(len(kept)) * 0.6180339887498949 % 1, kind="stable")  # any first few are spread
-        return [build_row(packed[kept[i]], documents, seq_len, self.tokenizer.pad_id) for i in order]
+        return [(packed[kept[i]], documents) for i in order]
+
+    def _document(self, domain: int, index: int, visit: int) -> Document:
+        return Document(self.tokenizer.document(self.sources[domain][index]), domain, index, visit == 0)
 
     def train(self, batch: int, seq_len: int, chunk: int, seed: int, process_index: int = 0, process_count: int = 1,
-              place: dict[str, Any] | None = None, crossing: bool = False) -> TrainIterator:  # fmt: skip
+              place: Mapping[str, Any] | None = None, crossing: bool = False) -> TrainIterator:  # fmt: skip
         """An endless iterator over this process's rows of every global batch of `batch` rows.
 
-        All processes walk one stream of rows and take contiguous slices of it, so what is trained on does not depend
-        on how many there are. It goes on from `place`, which `get_state` gave, and ValueError if that is of another
-        stream of rows; but `crossing` from one into another, it begins behind the documents that were read there: of
-        each domain the next ones, so that none comes twice before its domain is through. (What had been read and lay
-        ahead in the pool, at most `POOL_TOKENS`, then waits for the domain's next pass.)
+        Row i is of lane i (`data/lanes.py`), and a process has the lanes of its rows, so what is trained on does not
+        depend on how many there are. It goes on from `place`, which holds the lanes of all processes (`merged`), and
+        ValueError if that is of another stream of rows; but `crossing` from one into another, it begins behind the
+        documents that were read there: of each domain the next ones, so that none comes twice before its domain is
+        through. (What lanes had read into the windows they were at then waits for the domain's next pass.)
         """
         if batch % process_count:
             raise ValueError(f"a global batch of {batch} rows cannot be divided among {process_count} processes")
@@ -132,25 +140,47 @@ class Corpus:
             raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
         check_grid(seq_len, chunk)
         identity: dict[str, Any] = dict(
-            corpus=self.hash, tokenizer=self.tokenizer.hash, seed=seed, seq_len=seq_len, chunk=min(chunk, seq_len),
-            shares={name: round(share, 9) for name, share in self.shares.items()},
-            behind=place["stream"]["behind"] if place else {},
+            corpus=self.hash, tokenizer=self.tokenizer.hash, seed=seed, lanes=batch, seq_len=seq_len,
+            chunk=min(chunk, seq_len), shares={name: round(share, 9) for name, share in self.shares.items()},
+            repeats=self._cfg.repeats, caps=self._cfg.caps, behind=place["stream"]["behind"] if place else {},
         )  # fmt: skip
         if place and crossing and place["stream"] != identity:
-            identity, place = identity | {"behind": place["read"]}, None
-        behind = identity["behind"].get(self.hash, dict.fromkeys(self.domains, 0))
-        documents = mixture.stream(
-            self.sources, self._train, self.tokenizer, self.shares, self.mean_tokens, seed, behind
-        )
+            identity, place = identity | {"behind": documents_read(place)}, None
         rows = batch // process_count
-        mine = slice(process_index * rows, (process_index + 1) * rows)
-        already = tuple(behind[name] for name in self.domains)
-        iterator = TrainIterator(
-            _Batches(documents, already, seq_len, chunk, batch, mine, self.tokenizer.pad_id, seed), identity
-        )
+        mine = range(process_index * rows, (process_index + 1) * rows)
+        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="documents")
+
+        def lanes() -> Lanes:
+            domains = [self._domain(d, seed, identity["behind"].get(self.hash, {})) for d in range(len(self.domains))]
+            return Lanes(domains, mine, batch, seq_len, chunk, self.tokenizer.pad_id, seed, pool, self.tokens)
+
+        iterator = TrainIterator(_Batches(lanes), identity, pool)
         if place:
             iterator.set_state(place)
         return iterator
+
+    def training_order(
+        self, domain: int, seed: int, behind: Sequence[Sequence[int]] = ()
+    ) -> Callable[[int], tuple[int, int]]:
+        """Place in the domain's order (`data.mixture.Order`) to (the document's index in the domain, pass)."""
+        indices = self._train[domain]
+        order = mixture.Order(self.domains[domain], len(indices), seed, behind)
+
+        def at(place: int) -> tuple[int, int]:
+            document, visit = order[place]
+            return int(indices[document]), visit
+
+        return at
+
+    def _domain(self, domain: int, seed: int, behind: Mapping[str, Sequence[Sequence[int]]]) -> Domain:
+        """What lanes read of it; `behind` says by domain what the lanes of earlier stages read."""
+        name, taken = self.domains[domain], behind.get(self.domains[domain], ())
+        at = self.training_order(domain, seed, taken)
+        return Domain(
+            name, self.shares[name], lambda place: self._document(domain, *at(place)), self.mean_tokens[name],
+            self._cfg.repeats.get(name, float("inf")) * len(self._train[domain]) - sum(map(sum, taken)),
+            float(self._cfg.caps.get(name, "inf")),
+        )  # fmt: skip
 
 
 def _corpus_hash(documents: Sequence[sources.Source], train: Sequence[np.ndarray]) -> str:
@@ -169,14 +199,44 @@ def _sample(documents: Sequence[sources.Source], train: Sequence[np.ndarray], mo
             yield source[int(index)]
 
 
+def documents_read(place: Mapping[str, Any]) -> dict[str, dict[str, list[list[int]]]]:
+    """By corpus and domain: of each stage of the run up to `place`, the documents that each of its lanes read."""
+    stream = place["stream"]
+    states = [LaneState.from_json(place["lanes"][str(lane)]) for lane in range(stream["lanes"])]
+    before = stream["behind"].get(stream["corpus"], {})
+    here = {name: [*before.get(name, []), [(state.after or state.read)[d] for state in states]]
+            for d, name in enumerate(stream["shares"])}  # fmt: skip
+    return stream["behind"] | {stream["corpus"]: before | here}
+
+
+def ledger(corpus: Corpus, place: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every document of `corpus` that a run has read up to `place`: domain, its index there, pass (from 0), and which
+    stage (those of this corpus alone) and lane read it. By domain and stage, each lane's in the order of reading."""
+    read, seed = documents_read(place).get(corpus.hash, {}), place["stream"]["seed"]
+    for domain, name in enumerate(corpus.domains):
+        stages = read.get(name, [])
+        for stage, taken in enumerate(stages):
+            of = corpus.training_order(domain, seed, stages[:stage])
+            for lane, count in enumerate(taken):
+                for k in range(count):
+                    index, visit = of(lane + len(taken) * k)
+                    yield {"domain": name, "document": index, "pass": visit, "stage": stage, "lane": lane}
+
+
+def merged(places: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The place of a whole program: what `TrainIterator.get_state` gave on each of its processes, with all lanes."""
+    lanes = {lane: state for place in places for lane, state in place["lanes"].items()}
+    return {**places[0], "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+
+
 class TrainIterator:
     """Batches [B, T] of packed rows, made ahead by a thread. Its state is that of the batches handed out."""
 
-    def __init__(self, batches: _Batches, identity: dict[str, Any]):
+    def __init__(self, batches: _Batches, identity: dict[str, Any], pool: ThreadPoolExecutor):
         self._identity = identity
         prefetched = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_AHEAD)
         self._live = [iter(prefetched)]
-        self._finalizer = weakref.finalize(self, _close, self._live)
+        self._finalizer = weakref.finalize(self, _close, self._live, pool)
 
     def __iter__(self) -> TrainIterator:
         return self
@@ -185,15 +245,12 @@ class TrainIterator:
         return next(self._live[0])
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able, and the same on every process: a run may go on with another number of processes."""
-        state = cast(_State, self._live[0].get_state())
-        rows = {name: [[list(piece) for piece in row] for row in getattr(state, name)] for name in ("open", "ready")}
-        read = dict(zip(self._identity["shares"], state.read, strict=True))  # of each domain
-        read = self._identity["behind"] | {self._identity["corpus"]: read}
-        return dict(stream=self._identity, drawn=state.drawn, next=state.next, read=read, **rows)
+        """JSON-able: what names the stream, and where each lane of this process is."""
+        states = cast(dict[int, LaneState], self._live[0].get_state())
+        return dict(stream=self._identity, lanes={str(lane): state.to_json() for lane, state in states.items()})
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on exactly after the batches that had been handed out when `state` was taken."""
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly after the batches that had been handed out when `state` was taken (`merged`, of all lanes)."""
         saved = state["stream"]
         changed = [name for name in self._identity if self._identity[name] != saved.get(name)]
         if changed:
@@ -201,102 +258,41 @@ class TrainIterator:
                 f"the saved place is of another data stream: {', '.join(changed)} changed since. Resume with the data "
                 "it was saved with, or start a new run"
             )
-        rows = [tuple(tuple(Piece(*piece) for piece in row) for row in state[name]) for name in ("open", "ready")]
-        read = tuple(state["read"][self._identity["corpus"]][name] for name in self._identity["shares"])
-        self._live[0].set_state(cast(Any, _State(state["drawn"], state["next"], read, rows[0], rows[1])))
+        lanes = {int(lane): LaneState.from_json(values) for lane, values in state["lanes"].items()}
+        self._live[0].set_state(cast(Any, lanes))
 
     def close(self) -> None:
         """Stop the threads; the iterator cannot be used after. Done by itself when the program ends."""
         self._finalizer()
 
 
-def _close(live: list[grain.DatasetIterator]) -> None:
+def _close(live: list[grain.DatasetIterator], pool: ThreadPoolExecutor) -> None:
     """Close and release: grain's iterators cannot be collected once the interpreter has torn its modules down."""
     live.pop().close()
-
-
-class _State(NamedTuple):
-    """A place in the row stream: batches drawn, documents read, rows open in the packer, rows in the pool.
-
-    `read` counts the documents of each domain, those of earlier streams included.
-
-    Rows hold places of the document stream, never tokens: they are read and tokenised again on restore.
-    """
-
-    drawn: int
-    next: int
-    read: tuple[int, ...]
-    open: tuple[tuple[Piece, ...], ...]
-    ready: tuple[tuple[Piece, ...], ...]
-
-    def __deepcopy__(self, memo: dict) -> _State:
-        return self  # immutable all through; grain copies the state of every batch
+    pool.shutdown(cancel_futures=True)
 
 
 class _Batches(grain.IterDataset):
-    """Batches drawn from a pool of the row stream's next rows, of which the rows `mine` are built.
+    """The next row of each lane, again and again."""
 
-    The pool keeps the pieces of a long document, which follow one another in the stream, from filling whole batches.
-    """
-
-    def __init__(
-        self, documents: grain.MapDataset, already: tuple[int, ...], seq_len: int, chunk: int, batch: int, mine: slice,
-        pad_id: int, seed: int,
-    ):  # fmt: skip
+    def __init__(self, lanes: Callable[[], Lanes]):
         super().__init__()
-        self.documents, self.already, self.seq_len, self.chunk = documents, already, seq_len, chunk
-        self.batch_rows, self.mine, self.pad_id, self.draw_seed = batch, mine, pad_id, seed
-        self.pool_rows = max(batch, POOL_TOKENS // seq_len)
+        self.lanes = lanes
 
     def __iter__(self) -> _BatchIterator:
-        return _BatchIterator(self)
+        return _BatchIterator(self.lanes())
 
 
 class _BatchIterator(grain.DatasetIterator):
-    def __init__(self, plan: _Batches):
+    def __init__(self, lanes: Lanes):
         super().__init__()
-        self._plan = plan
-        self._packer = Packer(plan.seq_len, plan.chunk)
-        options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
-        self._reader = iter(plan.documents.to_iter_dataset(options))
-        self._drawn = self._next = 0
-        self._read_of = list(plan.already)
-        self._ready: list[tuple[Piece, ...]] = []
-        self._held: dict[int, Document] = {}
+        self._lanes = lanes
 
     def __next__(self) -> Batch:
-        plan = self._plan
-        while len(self._ready) < plan.pool_rows:
-            document = self._held[self._next] = next(self._reader)
-            self._ready += map(tuple, self._packer.add(self._next, len(document.tokens)))
-            self._next += 1
-            self._read_of[document.domain] += 1
-        order = np.random.default_rng((plan.draw_seed, self._drawn)).permutation(len(self._ready))
-        chosen, rest = order[: plan.batch_rows], np.sort(order[plan.batch_rows :])
-        rows, self._ready = [self._ready[i] for i in chosen], [self._ready[i] for i in rest]
-        self._drawn += 1
-        batch = stack([build_row(row, self._held, plan.seq_len, plan.pad_id) for row in rows[plan.mine]])
-        self._held = {key: self._held[key] for key in self._needed()}
-        return batch
+        return self._lanes.batch()
 
-    def _needed(self) -> set[int]:
-        return {piece.key for row in (*self._packer.snapshot(), *self._ready) for piece in row}
+    def get_state(self) -> dict[int, LaneState]:
+        return self._lanes.states
 
-    def get_state(self) -> _State:
-        return _State(self._drawn, self._next, tuple(self._read_of), self._packer.snapshot(), tuple(self._ready))
-
-    def set_state(self, state: _State) -> None:
-        self._drawn, self._next, self._ready = state.drawn, state.next, list(state.ready)
-        self._read_of = list(state.read)
-        self._packer.restore(state.open)
-        self._reader.set_state({"next_index": state.next})
-        self._held = {key: self._read(key) for key in sorted(self._needed())}
-
-    def _read(self, key: int) -> Document:
-        document = self._plan.documents[key]
-        assert document is not None  # the stream filters nothing
-        return document
-
-    def close(self) -> None:
-        self._reader.close()
-        super().close()
+    def set_state(self, state: dict[int, LaneState]) -> None:
+        self._lanes.restore(state)

@@ -1,20 +1,15 @@
-"""The mixture of domains: an endless stream of documents whose *tokens* come in the chosen shares.
-
-Grain mixes documents. With shares s_d of the tokens and domains whose documents have m_d tokens on average, documents
-are drawn in proportion to s_d / m_d. The stream is random access by index, so any place in it can be had again.
-"""
+"""The mixture of domains: shares of the *tokens*, and the endless order in which a domain's documents are read."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
 import numpy as np
 
 from data.cache import fingerprint
-from data.packing import Document
 from data.sources import Source
 from data.tokenizer import Tokenizer
 
@@ -24,12 +19,8 @@ def token_shares(tokens: Mapping[str, float], weights: Mapping[str, float]) -> d
 
     `tokens` is each domain's size. Domains that `weights` does not name share what it leaves, by their size.
     """
+    check_names("weights", weights, tokens)
     for name, weight in weights.items():
-        if name not in tokens:
-            nearest = difflib.get_close_matches(name, tokens, n=1, cutoff=0)[0]
-            raise ValueError(
-                f"data.weights names no domain with {name!r}; the nearest is {nearest!r} (of {', '.join(tokens)})"
-            )
         if not weight >= 0:
             raise ValueError(f"data.weights gives {name!r} the share {weight}; it must not be negative")
     rest = {name: size for name, size in tokens.items() if name not in weights}
@@ -43,6 +34,16 @@ def token_shares(tokens: Mapping[str, float], weights: Mapping[str, float]) -> d
         name: float(weights[name]) if name in weights else left * size / sum(rest.values())
         for name, size in tokens.items()
     }
+
+
+def check_names(field: str, given: Iterable[str], domains: Collection[str]) -> None:
+    """ValueError where data.`field` names a domain that is not there."""
+    for name in given:
+        if name not in domains:
+            nearest = difflib.get_close_matches(name, domains, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"data.{field} names no domain with {name!r}; the nearest is {nearest!r} (of {', '.join(domains)})"
+            )
 
 
 def tokens_per_document(source: Source, indices: np.ndarray, tokenizer: Tokenizer, sample: int = 16 << 20) -> float:
@@ -59,38 +60,32 @@ def tokens_per_document(source: Source, indices: np.ndarray, tokenizer: Tokenize
     return 2 + float(source.sizes[indices].mean()) * tokens / max(int(source.sizes[order].sum()), 1)
 
 
-def stream(
-    sources: Sequence[Source],
-    indices: Sequence[np.ndarray],
-    tokenizer: Tokenizer,
-    shares: Mapping[str, float],
-    mean_tokens: Mapping[str, float],
-    seed: int,
-    behind: Mapping[str, int] | None = None,
-) -> grain.MapDataset:
-    """An endless grain MapDataset of `Document`s, tokenised when read. Every pass over a domain is shuffled anew.
+class Order:
+    """An endless order of a domain's `count` documents, by place at random; every pass over them is shuffled anew.
 
-    A domain's order depends on the seed and its name alone, not on what it is mixed with: so another mixture can begin
-    `behind` as many documents of each domain as were read before.
+    It depends on the seed and the domain's name alone, not on what the domain is mixed with. `behind` says what earlier
+    stages of a run have read, each as the number of documents that each of its lanes took (`data/lanes.py`): the places
+    that they left out come first, then those behind all of them.
     """
-    parts, weights = [], []
-    for domain, source in enumerate(sources):
-        if shares[source.name] == 0:
-            continue
-        read = _Read(source, indices[domain], tokenizer, domain)
-        order = grain.MapDataset.range(len(indices[domain])).seed(int(fingerprint([seed, source.name])[:8], 16))
-        parts.append(order.shuffle().repeat().map_with_index(read)[(behind or {}).get(source.name, 0) :])
-        weights.append(shares[source.name] / mean_tokens[source.name])
-    return grain.MapDataset.mix(parts, weights=weights)
+
+    def __init__(self, name: str, count: int, seed: int, behind: Sequence[Sequence[int]] = ()):
+        self._count = count
+        passes = grain.MapDataset.range(count).seed(int(fingerprint([seed, name])[:8], 16))
+        self._shuffled = passes.shuffle().repeat()
+        self._levels = [_left_out(np.asarray(taken, np.int64)) for taken in behind]
+
+    def __getitem__(self, place: int) -> tuple[int, int]:
+        """(which document, in which pass) of those at `place` in the order."""
+        for left, start in reversed(self._levels):
+            place = int(left[place]) if place < len(left) else start + place - len(left)
+        document = self._shuffled[place]
+        assert document is not None  # nothing is filtered
+        return int(document), place // self._count
 
 
-class _Read:
-    """Read and tokenise the document at a place of a domain's endless stream."""
-
-    def __init__(self, source: Source, indices: np.ndarray, tokenizer: Tokenizer, domain: int):
-        self._source, self._indices, self._tokenizer, self._domain = source, indices, tokenizer, domain
-
-    def __call__(self, place: int, position: int) -> Document:
-        index = int(self._indices[position])
-        epoch = place // len(self._indices)
-        return Document(self._tokenizer.document(self._source[index]), self._domain, index, epoch == 0)
+def _left_out(taken: np.ndarray) -> tuple[np.ndarray, int]:
+    """Lane i of L took the places i, i + L, ..., `taken[i]` of them: (places left out before the last one, the end)."""
+    lanes, most = len(taken), int(taken.max(initial=0))
+    unread = np.arange(int(taken.min(initial=most)), most)[:, None] >= taken
+    step, lane = np.nonzero(unread)
+    return (step + most - len(unread)) * lanes + lane, most * lanes

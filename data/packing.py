@@ -10,19 +10,21 @@ one starts a cell and takes the next ones whole, leaving the tail of its last ce
 than a row is split every `seq_len` tokens, which is on the grid, and each piece restarts at position 0: it attends to
 nothing before it, but still predicts the next token of the document across the cut.
 
-`Packer` decides from lengths alone (best fit over a few open rows); `build_row` then makes the arrays.
+`pack` decides from lengths alone (best fit decreasing); `build_batch` then makes the arrays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from data.batch import DTYPES
+from data.batch import Batch, padding
 
-OPEN_ROWS = 16  # rows a piece may choose among; more of them pad less and mix documents over a longer stretch
+Key = tuple[int, int]
+"""Names a document: its domain, and its place in that domain's order."""
 
 
 class Document(NamedTuple):
@@ -34,36 +36,25 @@ class Document(NamedTuple):
     first_visit: bool
 
 
+class Span(NamedTuple):
+    """Tokens [start, stop) of a document."""
+
+    key: Key
+    start: int
+    stop: int
+
+
 class Piece(NamedTuple):
     """Tokens [start, stop) of a document, at `at` in a row."""
 
-    key: int  # the document's place in the stream
+    key: Key
     start: int
     stop: int
     at: int
 
 
-class _Row:
-    """An open row: its pieces, and how much of each cell they use. Used cells come first."""
-
-    def __init__(self, cells: int, cell: int, pieces: Iterable[Piece] = ()):
-        self.cell = cell
-        self.used = [0] * cells
-        self.untouched = cells
-        self.pieces: list[Piece] = []
-        for piece in pieces:
-            self.put(piece)
-
-    def put(self, piece: Piece) -> None:
-        end = piece.at + piece.stop - piece.start
-        for cell in range(piece.at // self.cell, -(-end // self.cell)):
-            self.used[cell] = min(self.cell, end - cell * self.cell)
-        self.untouched = self.used.count(0)
-        self.pieces.append(piece)
-
-    @property
-    def free(self) -> int:
-        return len(self.used) * self.cell - sum(self.used)
+Row = tuple[Sequence[Piece], Mapping[Key, Document]]
+"""The pieces of a row, and the documents they are of."""
 
 
 def check_grid(seq_len: int, chunk: int) -> None:
@@ -76,88 +67,78 @@ def check_grid(seq_len: int, chunk: int) -> None:
         )
 
 
-class Packer:
-    """Places documents into rows, from their lengths alone; deterministic, with at most `open_rows` rows open."""
+def cut(key: Key, length: int, seq_len: int) -> list[Span]:
+    """A document of `length` tokens, split where it is longer than a row."""
+    return [Span(key, start, min(start + seq_len, length)) for start in range(0, length, seq_len)]
 
-    def __init__(self, seq_len: int, chunk: int, open_rows: int = OPEN_ROWS):
-        check_grid(seq_len, chunk)
-        self.seq_len = seq_len
-        self.cell = min(chunk, seq_len)
-        self.open_rows = open_rows
-        self._rows: list[_Row] = []
 
-    def add(self, key: int, length: int) -> list[list[Piece]]:
-        """Place a document of `length` tokens; returns the rows that this closed, each a list of pieces."""
-        closed = []
-        for start in range(0, length, self.seq_len):
-            closed += self._place(key, start, min(start + self.seq_len, length))
-        return closed
+def pack(spans: Sequence[Span], seq_len: int, chunk: int, first: int = 0) -> list[list[Piece]]:
+    """Rows that hold all the spans, the `first` of them in the first rows: best fit decreasing, twice; deterministic.
 
-    def flush(self) -> list[list[Piece]]:
-        """Close every open row, oldest first."""
-        closed, self._rows = [row.pieces for row in self._rows], []
-        return closed
-
-    def snapshot(self) -> tuple[tuple[Piece, ...], ...]:
-        """The open rows, from which `restore` goes on exactly."""
-        return tuple(tuple(row.pieces) for row in self._rows)
-
-    def restore(self, rows: Iterable[Iterable[Piece]]) -> None:
-        self._rows = [_Row(self.seq_len // self.cell, self.cell, pieces) for pieces in rows]
-
-    def _place(self, key: int, start: int, stop: int) -> list[list[Piece]]:
-        row, at = self._best_fit(stop - start)
-        row.put(Piece(key, start, stop, at))
-        if row.free == 0:
-            full = row
-        elif len(self._rows) > self.open_rows:
-            full = min(self._rows, key=lambda row: row.free)  # ties: the oldest
+    A span takes the cells of C tokens that it needs, one after another, and those of at most a cell share what is left
+    of any: they go, the longest first, where the least space stays over. Then such runs of cells go to rows, the
+    longest first again, and among single cells the fullest.
+    """
+    check_grid(seq_len, chunk)
+    cell = min(chunk, seq_len)
+    runs: list[list[Piece]] = []  # at: within the run
+    free: list[int] = []  # of each run's last cell
+    late: list[bool] = []  # whether a run holds none of the first spans
+    room: list[tuple[int, int]] = []  # (free, run), sorted: runs whose last cell has space
+    order = sorted(range(len(spans)), key=lambda i: (i >= first, spans[i].start - spans[i].stop))
+    for i in order:
+        span = spans[i]
+        length = span.stop - span.start
+        fit = bisect_left(room, (length, -1)) if length <= cell else len(room)
+        if fit < len(room):
+            left, run = room.pop(fit)
+            last = -(-(runs[run][0].stop - runs[run][0].start) // cell) * cell
+            runs[run].append(Piece(*span, last - left))
         else:
-            return []
-        self._rows.remove(full)
-        return [full.pieces]
+            run, left = len(runs), -(-length // cell) * cell
+            runs.append([Piece(*span, 0)])
+            free.append(0)
+            late.append(i >= first)
+        free[run] = left - length
+        if free[run]:
+            insort(room, (free[run], run))
+    rows: list[list[Piece]] = []
+    used: list[int] = []  # cells of each row
+    room = []  # (cells, row), sorted
+    cells = [-(-(run[0].stop - run[0].start) // cell) for run in runs]
+    for run in sorted(range(len(runs)), key=lambda run: (late[run], -cells[run], free[run])):
+        fit = bisect_left(room, (cells[run], -1))
+        if fit < len(room):
+            left, row = room.pop(fit)
+        else:
+            left, row = seq_len // cell, len(rows)
+            rows.append([])
+            used.append(0)
+        rows[row] += [piece._replace(at=piece.at + used[row] * cell) for piece in runs[run]]
+        used[row] += cells[run]
+        if left > cells[run]:
+            insort(room, (left - cells[run], row))
+    return rows
 
-    def _best_fit(self, length: int) -> tuple[_Row, int]:
-        """The row and index that leave the least space over: a tail first, then untouched cells, then a new row."""
-        if length <= self.cell:
-            tails = (
-                (self.cell - used - length, n, cell)
-                for n, row in enumerate(self._rows)
-                for cell, used in enumerate(row.used)
-                if 0 < used <= self.cell - length
-            )
-            if (best := min(tails, default=None)) is not None:
-                _, n, cell = best
-                return self._rows[n], cell * self.cell + self._rows[n].used[cell]
-        cells = -(-length // self.cell)
-        fits = [row for row in self._rows if row.untouched >= cells]
-        row = min(fits, key=lambda row: row.untouched, default=None)
-        if row is None:
-            row = _Row(self.seq_len // self.cell, self.cell)
-            self._rows.append(row)
-        return row, (len(row.used) - row.untouched) * self.cell
 
-
-def build_row(
-    pieces: Sequence[Piece], documents: Mapping[int, Document], seq_len: int, pad_id: int
-) -> dict[str, np.ndarray]:
-    """The fields of `data.batch.Batch` for one row, each [T]; no pieces give a row of padding.
+def build_batch(rows: Sequence[Row], seq_len: int, pad_id: int) -> Batch:
+    """A batch [B, T] of rows, each of its pieces and the documents they are of; no pieces give a row of padding.
 
     A document of n tokens has the labels tokens[1:], across its cuts too; only its last token has none (loss mask 0).
     """
-    padding = dict(tokens=pad_id, labels=pad_id, document_id=-1)
-    row = {name: np.full(seq_len, padding.get(name, 0), dtype) for name, dtype in DTYPES.items()}
-    for segment, piece in enumerate(sorted(pieces, key=lambda piece: piece.at), 1):
-        document = documents[piece.key]
-        length = piece.stop - piece.start
-        span = slice(piece.at, piece.at + length)
-        labels = document.tokens[piece.start + 1 : piece.stop + 1]
-        row["tokens"][span] = document.tokens[piece.start : piece.stop]
-        row["labels"][piece.at : piece.at + len(labels)] = labels
-        row["loss_mask"][piece.at : piece.at + len(labels)] = 1
-        row["segment_ids"][span] = segment
-        row["positions"][span] = np.arange(length)
-        row["domain"][span] = document.domain
-        row["first_visit"][span] = document.first_visit
-        row["document_id"][span] = document.document_id
-    return row
+    batch, places = padding(len(rows), seq_len, pad_id), np.arange(seq_len, dtype=np.int32)
+    for row, (pieces, documents) in enumerate(rows):
+        for segment, piece in enumerate(sorted(pieces, key=lambda piece: piece.at), 1):
+            document = documents[piece.key]
+            length = piece.stop - piece.start
+            span = slice(piece.at, piece.at + length)
+            labels = document.tokens[piece.start + 1 : piece.stop + 1]
+            batch.tokens[row, span] = document.tokens[piece.start : piece.stop]
+            batch.labels[row, piece.at : piece.at + len(labels)] = labels
+            batch.loss_mask[row, piece.at : piece.at + len(labels)] = 1
+            batch.segment_ids[row, span] = segment
+            batch.positions[row, span] = places[:length]
+            batch.domain[row, span] = document.domain
+            batch.first_visit[row, span] = document.first_visit
+            batch.document_id[row, span] = document.document_id
+    return batch

@@ -1,58 +1,63 @@
 """Where documents come from, and which of them are held out.
 
-Two corpora are embedded, with no download: "code" is the running interpreter's standard library, "prose" the
-documentation inside the packages that this project depends on. Users bring JSONL.
+A source is named by a path whose suffix, or whose content if it is a folder, says its kind, or by KIND:PLACE:
+
+    embedded:code, embedded:prose        no download (data/embedded.py)
+    jsonl:PATH, parquet:PATH, array_record:PATH
+                                         a file, or a folder with such files in it or below it
+    text:FOLDER                          every plain-text file in it or below it is a document (formats.TEXT_SUFFIXES)
+    tfds:NAME[/CONFIG][@DATA_DIR][:SPLIT], tfds:FOLDER[:SPLIT]
+                                         TensorFlow Datasets in ArrayRecord form, without TensorFlow; split train
+    hf:NAME_OR_FOLDER[:SPLIT]            Hugging Face datasets (the extra `hf`); split train
+
+The document is a record's "text" (or "content"), and its domain the record's "domain", or else the name that the source
+was given under.
 """
 
 from __future__ import annotations
 
-import ast
-import gc
-import importlib.util
-import inspect
-import io
-import json
-import sys
-import sysconfig
-import tokenize
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 from etils import epath
 
-from data.cache import cached, fingerprint
+from data import array_record, embedded, formats, libraries
+from data.index import Index, Reader, content_hash, document, one_line, open_index
 
-PROSE_PACKAGES = ("numpy", "scipy", "jax", "flax", "optax", "orbax", "grain", "matplotlib")
-MIN_DOCSTRING = 200  # characters
-_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-# Tests, generated tables, and other people's packages.
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "testing", "_testing", "encodings", "pydoc_data", "__pycache__",
-                    "site-packages", "dist-packages"}  # fmt: skip
+__all__ = ["EMBEDDED", "KINDS", "Source", "content_hash", "from_texts", "open_sources", "split"]
+
+EMBEDDED = {name: f"embedded:{name}" for name in embedded.NAMES}
+KINDS: dict[str, Callable[[str, epath.Path], Reader]] = {
+    "jsonl": formats.jsonl,
+    "parquet": formats.parquet,
+    "array_record": array_record.array_record,
+    "text": formats.text,
+    "tfds": libraries.tfds,
+    "hf": libraries.hf,
+}
+"""Kind -> the function (place, cache) that opens its records; "embedded" has none."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The documents of one domain, read at random by index."""
+    """The documents of one domain, read at random by index, by any number of threads."""
 
     name: str
     hashes: np.ndarray  # uint64 [N], `content_hash` of every document
     sizes: np.ndarray  # int64 [N], bytes of UTF-8
     read: Callable[[int], str]
+    skipped: int = 0  # bad records where it was read; those of a place with several domains stand with its first
 
     def __len__(self) -> int:
         return len(self.hashes)
 
     def __getitem__(self, index: int) -> str:
         return self.read(index)
-
-
-def content_hash(text: bytes) -> int:
-    """64 bits of blake2b of a document's UTF-8: it decides what is held out, whatever the order of the documents."""
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
 
 
 def from_texts(name: str, texts: Sequence[str]) -> Source:
@@ -62,172 +67,98 @@ def from_texts(name: str, texts: Sequence[str]) -> Source:
     return Source(name, np.fromiter(unique, np.uint64, len(unique)), np.array(sizes, np.int64), kept.__getitem__)
 
 
-def embedded(cache: epath.Path) -> list[Source]:
-    """The corpora that need no download: domains "code" and "prose"."""
-    return [from_texts("code", list(_standard_library())), from_texts("prose", _prose(cache))]
+def open_sources(places: Mapping[str, str], cache: epath.Path, bad_records: float = 0.001,
+                 log: Callable[[str], object] | None = None) -> list[Source]:  # fmt: skip
+    """The domains of a mixture, by name; ValueError or FileNotFoundError, in one line, where one cannot be read.
 
-
-def _modules(root: Path) -> Iterator[Path]:
-    """The .py files of a package in a fixed order, without tests and generated tables."""
-    found = ((path.relative_to(root), path) for path in root.rglob("*.py"))
-    for relative, path in sorted(found, key=lambda item: item[0].parts):
-        # _sysconfigdata_* holds the build flags of one machine.
-        if not _SKIPPED_FOLDERS & set(relative.parts) and not path.name.startswith("_sysconfigdata"):
-            yield path
-
-
-def _standard_library() -> Iterator[str]:
-    for path in _modules(Path(sysconfig.get_path("stdlib"))):
-        try:
-            with tokenize.open(path) as file:  # honours the file's own encoding line
-                yield file.read()
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-
-
-def _prose(cache: epath.Path) -> list[str]:
-    """pydoc's topics, then one document for each source file: its docstrings, none of them twice."""
-    topics = [path for root in _package_folders("pydoc_data") for path in root.glob("topics.py")]
-    roots = [(name, root) for name in PROSE_PACKAGES for root in _package_folders(name)]
-    files = [(f"{name}/{path.relative_to(root)}", path) for name, root in roots for path in _modules(root)]
-    sizes = (path.stat().st_size for path in (*topics, *(path for _, path in files)))
-    key = fingerprint([sys.version_info, MIN_DOCSTRING, *(name for name, _ in files), *sizes])
-
-    def extract() -> bytes:
-        seen: set[str] = set()
-        documents = [text for path in topics for text in _literal_values(path)]
-        for _, path in files:
-            fresh = [text for text in _docstrings(path) if text not in seen]
-            seen.update(fresh)
-            if fresh:
-                documents.append("\n\n".join(dict.fromkeys(fresh)) + "\n")
-        return json.dumps(documents, ensure_ascii=False).encode()
-
-    return json.loads(cached(cache / f"prose-{key}.json", extract))
-
-
-def _package_folders(name: str) -> list[Path]:
-    """Where a package's files lie, found without importing it; none when it is not installed."""
-    spec = importlib.util.find_spec(name)
-    return [] if spec is None else sorted(map(Path, spec.submodule_search_locations or ()))
-
-
-def _parse(path: Path) -> ast.Module:
-    collecting = gc.isenabled()
-    gc.disable()  # a syntax tree is a million small objects and no garbage: collecting doubles the time
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-            return ast.parse(path.read_bytes())
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def _literal_values(path: Path) -> list[str]:
-    """The values of a module's one dict of string literals, `topics = {name: text}`, without importing it."""
-    tables = [node.value for node in _parse(path).body if isinstance(node, ast.Assign)]
-    return [str(ast.literal_eval(value)) for table in tables if isinstance(table, ast.Dict) for value in table.values]
-
-
-def _docstrings(path: Path) -> Iterator[str]:
-    """Dedented docstrings of at least MIN_DOCSTRING characters, in the file's order, without importing it."""
-    try:
-        tree = _parse(path)
-    except SyntaxError:  # written for another version of Python
-        return
-    for node in _definitions(tree):
-        raw = ast.get_docstring(node, clean=False)
-        if raw is not None and len(raw) >= MIN_DOCSTRING and len(text := inspect.cleandoc(raw)) >= MIN_DOCSTRING:
-            # A literal may hold half of a surrogate pair, which is no text.
-            yield text.encode("utf-8", "replace").decode()
-
-
-def _definitions(node: ast.AST) -> Iterator[_Documented]:
-    """The module, classes and functions at and below a statement; expressions, the bulk of a tree, are not walked."""
-    if isinstance(node, _Documented):
-        yield node
-    for block in ("body", "handlers", "orelse", "finalbody"):
-        for child in getattr(node, block, ()):
-            yield from _definitions(child)
-
-
-def jsonl(path: epath.PathLike, cache: epath.Path) -> list[Source]:
-    """Documents of a JSONL file, or of every `*.jsonl` in a folder: {"text": ..., "domain": ...} a line.
-
-    "domain" is optional ("text"). One pass checks every line and remembers where it starts; the index is cached
-    under the files' names, sizes and dates. A bad line is a ValueError that names the file and the line.
+    Args:
+      places: name -> place, as above; empty: the embedded corpora
+      cache: where indexes are kept, and copies of remote ArrayRecord shards
+      bad_records: share of the records of each place that are skipped if they are bad
+      log: told how far a long pass over the records is
     """
-    path = epath.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"data.jsonl: nothing at {path}")
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"data.jsonl: no .jsonl file in the folder {path}")
-    stats = [(file, file.stat()) for file in files]
-    key = fingerprint(f"{file}:{stat.length}:{stat.mtime}" for file, stat in stats)
-    index = np.load(io.BytesIO(cached(cache / f"jsonl-{key}.npz", lambda: _index_jsonl(files))))
-    names, domain = [str(name) for name in index["names"]], index["domain"]
-    if not names:
-        raise ValueError(f"data.jsonl: no documents in {path}")
-    return [
-        _jsonl_source(name, files, *(index[k][domain == d] for k in ("hash", "size", "shard", "start", "length")))
-        for d, name in enumerate(names)
-    ]
+    parts: dict[str, list[Source]] = {}
+    for name, place in sorted((places or EMBEDDED).items()):
+        for source in _open(name, place, cache, bad_records, log):
+            parts.setdefault(source.name, []).append(source)
+    return [_joined(same) for _, same in sorted(parts.items())]
 
 
-def _jsonl_source(name: str, files: list[epath.Path], hashes: np.ndarray, sizes: np.ndarray, shard: np.ndarray,
-                  start: np.ndarray, length: np.ndarray) -> Source:  # fmt: skip
-    def read(index: int) -> str:
-        with files[shard[index]].open("rb") as lines:
-            lines.seek(int(start[index]))
-            return json.loads(lines.read(int(length[index])))["text"]
-
-    return Source(name, hashes, sizes, read)
-
-
-def _index_jsonl(files: list[epath.Path]) -> bytes:
-    rows: list[tuple[int, int, int, int, int, str]] = []
-    for f, file in enumerate(files):
-        start = 0
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    raw, domain = _check_line(line, f"{file}, line {number}")
-                    rows.append((content_hash(raw), len(raw), f, start, len(line), domain))
-                start += len(line)
-    names = sorted({row[-1] for row in rows})
-    columns = list(zip(*rows, strict=True)) or [()] * 6
-    number = {name: n for n, name in enumerate(names)}
-    output = io.BytesIO()
-    np.savez(
-        output,
-        hash=np.array(columns[0], np.uint64),
-        size=np.array(columns[1], np.int64),
-        shard=np.array(columns[2], np.int32),
-        start=np.array(columns[3], np.int64),
-        length=np.array(columns[4], np.int64),
-        domain=np.array([number[name] for name in columns[5]], np.int32),
-        names=np.array(names, np.str_),
-    )
-    return output.getvalue()
-
-
-def _check_line(line: bytes, where: str) -> tuple[bytes, str]:
-    """The text (UTF-8) and the domain of a line."""
+def _open(name: str, place: str, cache: epath.Path, bad_records: float,
+          log: Callable[[str], object] | None) -> list[Source]:  # fmt: skip
+    what = f"data.sources {name}"
+    kind, rest = _kind(place, what)
+    if kind == "embedded":
+        if rest not in embedded.NAMES:
+            near = difflib.get_close_matches(rest, embedded.NAMES, n=1, cutoff=0)[0]
+            raise ValueError(f"{what}: no embedded corpus {rest!r}; the nearest is embedded:{near}")
+        return [from_texts(name, embedded.texts(rest, cache))]
     try:
-        record = json.loads(line)
+        reader = KINDS[kind](rest, cache)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{what}: {one_line(error)}") from error
+    index = open_index(reader, f"{what}: {rest}", cache, bad_records, log)
+    if not len(index.hash):
+        raise ValueError(f"{what}: no documents in {rest}")
+    found = []
+    for domain in range(len(index.names)):
+        rows = np.flatnonzero(index.domain == domain)
+        read = partial(_read, reader, index, rows)
+        skipped = 0 if found else int(index.bad)
+        found.append(Source(str(index.names[domain]) or name, index.hash[rows], index.size[rows], read, skipped))
+    return found
+
+
+def _read(reader: Reader, index: Index, rows: np.ndarray, i: int) -> str:
+    row = int(rows[i])
+    shard = int(index.shard[row])
+    place = f"{reader.shards[shard]}, document {row - int(np.searchsorted(index.shard, shard)) + 1:,}"
+    try:
+        raw, _ = document(reader.read(shard, int(index.start[row]), int(index.length[row])))
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError(f'{where}: expected an object with a string "text", as in {{"text": "...", "domain": "..."}}')
-    domain = record.get("domain", "text")
-    if not isinstance(domain, str) or not domain:
-        raise ValueError(f'{where}: "domain" must be a string that is not empty, not {domain!r}')
+        raise ValueError(f"{place}: cannot be read any more: {one_line(error)}") from error
+    if content_hash(raw) != index.hash[row]:
+        raise ValueError(f"{place}: is not what its index says; it was changed since it was indexed")
+    return raw.decode()
+
+
+def _joined(parts: Sequence[Source]) -> Source:
+    """Sources of one domain as one, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = np.cumsum([len(part) for part in parts])
+
+    def read(index: int) -> str:
+        part = int(np.searchsorted(ends, index, side="right"))
+        return parts[part][index - int(ends[part]) + len(parts[part])]
+
+    hashes, sizes = (np.concatenate([getattr(part, name) for part in parts]) for name in ("hashes", "sizes"))
+    return Source(parts[0].name, hashes, sizes, read, sum(part.skipped for part in parts))
+
+
+def _kind(place: str, what: str) -> tuple[str, str]:
+    """(kind, the rest) of a place; a path without a kind is taken by its suffix, a folder by what it holds."""
+    known = ("embedded", *KINDS)
+    if (prefixed := re.fullmatch(r"(\w+):(?!//)(.*)", place, re.DOTALL)) and not os.path.exists(place):
+        kind, rest = prefixed.groups()
+        if kind not in known:
+            near = difflib.get_close_matches(kind, known, n=1, cutoff=0)[0]
+            raise ValueError(f"{what}: no kind {kind!r}; the nearest is {near!r} (of {', '.join(known)})")
+        if not rest:
+            raise ValueError(f"{what}: {place!r} names no place")
+        return kind, rest
     try:
-        return record["text"].encode(), domain
-    except UnicodeEncodeError as error:
-        raise ValueError(f'{where}: "text" is not Unicode ({error.reason})') from error
+        path = formats.path_of(place)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{what}: {error}") from error
+    found = formats.kinds_in(path) if path.is_dir() else {kind} if (kind := formats.kind_of(path.name)) else set()
+    if len(found) == 1:
+        return found.pop(), place
+    holds = f"holds {' and '.join(sorted(found))} side by side" if found else "is none of the kinds"
+    raise ValueError(
+        f"{what}: {place} {holds}; supported are {', '.join(f'*{s}' for s in formats.SUFFIXES)}, folders of one of "
+        "them, plain text, TFDS and Hugging Face datasets: say which as KIND:PATH"
+    )
 
 
 def split(sources: Sequence[Source], share: float) -> tuple[list[np.ndarray], list[np.ndarray]]:

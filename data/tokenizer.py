@@ -1,12 +1,12 @@
-"""Tokenizers: one small interface over sentencepiece models and Llama 4's byte-pair ranks (tiktoken format).
+"""Tokenizers: one small interface over sentencepiece models, Llama 4's byte-pair ranks (tiktoken format) and Hugging
+Face's `tokenizer.json`.
 
-Both are lossless: decode(encode(text)) == text for every Unicode string when the model normalises nothing, as the
-models trained here do not.
+The first two are lossless: decode(encode(text)) == text for every Unicode string when the model normalises nothing, as
+the models trained here do not.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import re
@@ -16,27 +16,32 @@ from hashlib import sha256
 
 import numpy as np
 import sentencepiece
-import tiktoken
 from etils import epath
 
-MODEL_FILE = "tokenizer.model"
+MODEL_FILE, HF_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
 
 class Tokenizer(ABC):
     """Text to token ids and back. `hash` is the sha256 of the model file, so it names the vocabulary exactly."""
 
+    FILE = MODEL_FILE
+    """The name under which a folder holds the model file."""
     vocab_size: int
     bos_id: int
     eos_id: int
     pad_id: int
 
     def __init__(self, model: bytes):
-        self._model = model
+        self._file = model
         self.hash: str = sha256(model).hexdigest()
 
     @abstractmethod
+    def ids(self, text: str) -> np.ndarray:
+        """Ids of the text alone, int32 [T], without bos or eos; names of special tokens in it are ordinary text."""
+
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without bos or eos; the names of special tokens in the text are ordinary text."""
+        """The same as a list."""
+        return self.ids(text).tolist()
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -44,13 +49,16 @@ class Tokenizer(ABC):
 
     def document(self, text: str) -> np.ndarray:
         """A whole document, int32 [T]: bos, the text's tokens, eos."""
-        return np.array([self.bos_id, *self.encode(text), self.eos_id], np.int32)
+        ids = self.ids(text)
+        document = np.empty(len(ids) + 2, np.int32)
+        document[0], document[1:-1], document[-1] = self.bos_id, ids, self.eos_id
+        return document
 
     def save(self, folder: epath.PathLike) -> None:
         """Write the model file into `folder`, from which `load` reads it again."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MODEL_FILE).write_bytes(self._model)
+        (folder / self.FILE).write_bytes(self._file)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -65,16 +73,15 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError("the sentencepiece model has no bos or no eos piece; both mark a document's ends")
         self.pad_id = self._sp.pad_id() if self._sp.pad_id() >= 0 else self.eos_id
         # sentencepiece writes a space as U+2581, so a real U+2581 would come back as a space: spell it in bytes.
-        self._bar = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
-        self._bytes = all(self._sp.is_byte(i) for i in self._bar)
+        bar = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
+        self._bar, self._bytes = np.array(bar, np.int32), all(self._sp.is_byte(i) for i in bar)
 
-    def encode(self, text: str) -> list[int]:
+    def ids(self, text: str) -> np.ndarray:
+        encode = self._sp.encode_as_numpy
         if not self._bytes or "\u2581" not in text:
-            return self._sp.encode(text)
-        ids: list[int] = []
-        for n, part in enumerate(text.split("\u2581")):
-            ids += (self._bar if n else []) + self._sp.encode(part)
-        return ids
+            return encode(text)
+        first, *rest = map(encode, text.split("\u2581"))
+        return np.concatenate([first, *(ids for part in rest for ids in (self._bar, part))])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._sp.decode([int(i) for i in ids])
@@ -88,67 +95,47 @@ class SentencePieceTokenizer(Tokenizer):
             bos_token=name(self.bos_id), eos_token=name(self.eos_id), unk_token=name(self._sp.unk_id()),
             pad_token=name(self.pad_id), legacy=False, add_prefix_space=False, add_bos_token=True, add_eos_token=False,
         )  # fmt: skip
-        (epath.Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+        (epath.Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=1))
 
 
-# The o200k pre-tokenisation, its alternatives in order. An English contraction may end a word.
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_LEAD, _CONTRACTION = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-O200K_PATTERN = "|".join((
-    f"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTION}",  # a word that ends in lower case
-    f"{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTION}",  # a word of capitals
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",  # punctuation
-    r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",  # newlines; spaces, the last of which leads the next word
-))  # fmt: skip
-
-
-class Llama4Tokenizer(Tokenizer):
-    """Llama 4's tokenizer: 200,000 byte-pair ranks in tiktoken's text format, then 2,048 special ids."""
-
-    RANKS, SPECIALS = 200_000, 2_048
-    # tiktoken's regular expressions overflow their stack near a million characters without a break.
-    LONGEST = 400_000
-
-    def __init__(self, model: bytes):
-        super().__init__(model)
-        pairs = (line.split() for line in model.splitlines() if line)
-        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        if sorted(ranks.values()) != list(range(self.RANKS)):
-            raise ValueError(f"Llama 4's tokenizer has the ranks 0 to {self.RANKS - 1:,}; this file has {len(ranks):,}")
-        self._bpe = tiktoken.Encoding("llama4", pat_str=O200K_PATTERN, mergeable_ranks=ranks, special_tokens={})
-        self.vocab_size = self.RANKS + self.SPECIALS
-        self.bos_id, self.eos_id, self.pad_id = 200_000, 200_001, 200_018
-
-    def encode(self, text: str) -> list[int]:
-        parts = (text[i : i + self.LONGEST] for i in range(0, len(text), self.LONGEST))
-        return [token for part in parts for token in self._bpe.encode_ordinary(part)]
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._bpe.decode([int(i) for i in ids if i < self.RANKS])
-
-
-def from_bytes(model: bytes) -> Tokenizer:
-    """The tokenizer of a model file's content: tiktoken's "base64 rank" lines, or a sentencepiece model."""
+def from_bytes(model: bytes, config: bytes = b"") -> Tokenizer:
+    """The tokenizer of a model file's content: tiktoken's "base64 rank" lines, a `tokenizer.json`, to which `config`
+    is the `tokenizer_config.json`, or a sentencepiece model."""
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", model):
+        from data.llama4_tokenizer import Llama4Tokenizer
+
         return Llama4Tokenizer(model)
+    if re.match(rb'\s*\{\s*["}]', model):
+        from data.hf_tokenizer import HFTokenizer
+
+        return HFTokenizer(model, config)
     try:
         return SentencePieceTokenizer(model)
     except RuntimeError as error:
-        raise ValueError("neither a sentencepiece model nor tiktoken-format ranks") from error
+        raise ValueError("neither a sentencepiece model nor tiktoken-format ranks nor a tokenizer.json") from error
+
+
+def find(folder: epath.PathLike) -> epath.Path | None:
+    """The model file that a folder holds, `tokenizer.model` before `tokenizer.json`, if it holds one."""
+    files = (epath.Path(folder) / name for name in (MODEL_FILE, HF_FILE))
+    return next((file for file in files if file.exists()), None)
 
 
 def load(path: epath.PathLike) -> Tokenizer:
-    """Read a tokenizer from its model file, or from a folder that holds it as `tokenizer.model`."""
-    path = epath.Path(path)
-    if path.is_dir():
-        path = path / MODEL_FILE
-    if not path.exists():
-        raise FileNotFoundError(f"no tokenizer at {path}")
+    """Read a tokenizer from its model file or from a folder that holds one (`find`); `llama4` in place of a path is
+    Llama 4's, from the installed llama-models package."""
+    from data import llama4_tokenizer
+
+    named = llama4_tokenizer.installed() if str(path) == llama4_tokenizer.INSTALLED else epath.Path(path)
+    file = find(named) if named.is_dir() else named
+    if file is None or not file.exists():
+        what = f" ({MODEL_FILE} or {HF_FILE})" if file is None else ""
+        raise FileNotFoundError(f"no tokenizer{what} at {named}; a path, or {llama4_tokenizer.INSTALLED!r}")
+    beside = file.parent / CONFIG_FILE
     try:
-        return from_bytes(path.read_bytes())
+        return from_bytes(file.read_bytes(), beside.read_bytes() if beside.exists() else b"")
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:

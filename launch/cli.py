@@ -1,7 +1,8 @@
 """The `llama4` command: a table of sub-commands, and what becomes of errors and signals.
 
 A command is a module with `add_arguments(parser)` and `run(args) -> exit status`. It imports nothing heavy at its top,
-so that `llama4 X --help` answers at once. Options that a command with `TAKES_OVERRIDES` does not know are fields of the
+so that `llama4 X --help` answers at once. A command with actions, `llama4 data inspect`, is a module with `ACTIONS`, a
+table like `COMMANDS` of such modules. Options that a command with `TAKES_OVERRIDES` does not know are fields of the
 run's configuration (`launch/overrides.py`); they arrive as `args.overrides`.
 
 Exit status: 0 done, 1 failed (diverged, not equal, its teacher gone, or with the traceback of what nobody foresaw), 2
@@ -17,8 +18,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from launch import overrides
@@ -34,7 +36,7 @@ COMMANDS = {
     "report": ("launch.report", "write a page about a run, or about several side by side"),
     "bench": ("launch.bench", "time a preset's step on synthetic tokens"),
     "plan": ("launch.plan", "what a run needs and how fast it can be, without its devices"),
-    "data": ("launch.data", "show what a run would read"),
+    "data": ("launch.data", "show what a run's batches hold"),
     "tokenizer": ("launch.tokenizer", "train a tokenizer, encode and decode with one"),
 }
 
@@ -82,29 +84,38 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Callable[[argparse.Name
         description="Pretrain and co-distil the Llama 4 family in JAX.",
         epilog="llama4 COMMAND --help says more; llama4 train --help lists the presets.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    subparsers = {name: commands.add_parser(name, help=line, description=line) for name, (_, line) in COMMANDS.items()}
-    command = argv[0] if argv else ""
-    if command not in COMMANDS:
-        if command and not command.startswith("-"):
-            near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0) or ["train"]
-            raise ValueError(f"no command {command!r}; the nearest is {near[0]!r} (all: {', '.join(COMMANDS)})")
-        if not argv:
-            parser.error(f"a command is needed: {', '.join(COMMANDS)}")
-        parser.parse_args(argv)  # --help, or an error
-        raise AssertionError
-    module = importlib.import_module(COMMANDS[command][0])
-    module.add_arguments(subparsers[command])
+    module, chosen = _choose(parser, "command", COMMANDS, argv)
+    if actions := getattr(module, "ACTIONS", None):
+        module, chosen = _choose(chosen, "action", actions, argv[1:])
+    module.add_arguments(chosen)
     given: list[list[str]] = []
-    options = [*subparsers[command]._option_string_actions]
+    options = [*chosen._option_string_actions]
     if getattr(module, "TAKES_OVERRIDES", False):
         argv, given = overrides.split(argv, options)
     args, extra = parser.parse_known_args(argv, argparse.Namespace(overrides=given, options=options))
     if extra:
         near = difflib.get_close_matches(extra[0], options, n=1)
-        hint = f"; the nearest is {near[0]}" if near else f" (see llama4 {command} --help)"
+        hint = f"; the nearest is {near[0]}" if near else f" (see {chosen.prog} --help)"
         raise ValueError(f"unrecognized arguments: {' '.join(extra)}{hint}")
     return args, module.run
+
+
+def _choose(
+    parser: Parser, kind: str, table: Mapping[str, tuple[str, str]], argv: list[str]
+) -> tuple[ModuleType, Parser]:
+    """The module that the first word names, and its parser; ValueError names the nearest. --help ends the program."""
+    known = parser.add_subparsers(dest=kind, required=True, parser_class=Parser)
+    parsers = {name: known.add_parser(name, help=line, description=line) for name, (_, line) in table.items()}
+    name = argv[0] if argv else ""
+    if name not in table:
+        if name and not name.startswith("-"):
+            near = difflib.get_close_matches(name, table, n=1, cutoff=0) or [next(iter(table))]
+            raise ValueError(f"no {kind} {name!r}; the nearest is {near[0]!r} (all: {', '.join(table)})")
+        if not argv:
+            parser.error(f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} is needed: {', '.join(table)}")
+        parser.parse_args(argv)  # --help, or an error
+        raise AssertionError
+    return importlib.import_module(table[name][0]), parsers[name]
 
 
 def _is_input(error: Exception) -> bool:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="where everything but the model comes from (default: pretrain:tiny)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print what was written as JSON; the log goes to stderr")
     parser.epilog = (
-        "The model's shape is the folder's. The tokenizer is the folder's tokenizer.model, or --data.tokenizer PATH.\n"
+        "The model's shape is the folder's. The tokenizer is the folder's, or --data.tokenizer PATH.\n"
         "llama4 train RUN goes on from there; llama4 train NAME --init hf:DIR imports and trains in one."
     )
 
@@ -40,9 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _configuration(args: argparse.Namespace) -> RunConfig:
     """The preset with the folder's model, weights and tokenizer."""
-    from etils import epath
-
-    from data.tokenizer import MODEL_FILE
+    from data import tokenizer
     from training.export import read_config
 
     cfg = configs.find(args.preset)
@@ -50,11 +48,13 @@ def _configuration(args: argparse.Namespace) -> RunConfig:
         raise ValueError(f"import makes a run with one learner, but {args.preset} has {', '.join(cfg.learners)}")
     name, learner = next(iter(cfg.learners.items()))
     learner = dataclasses.replace(learner, model=read_config(args.folder), init=f"hf:{args.folder}")
-    file = epath.Path(args.folder) / MODEL_FILE
-    data = dataclasses.replace(cfg.data, tokenizer=str(file) if file.exists() else "")
+    file = tokenizer.find(args.folder)
+    data = dataclasses.replace(cfg.data, tokenizer=str(file or ""))
     cfg = overrides.apply(dataclasses.replace(cfg, learners={name: learner}, data=data, out=args.to), args)
     if not cfg.data.tokenizer:
-        raise FileNotFoundError(f"no {MODEL_FILE} in {args.folder}: give --data.tokenizer PATH")
+        raise FileNotFoundError(
+            f"no {tokenizer.MODEL_FILE} or {tokenizer.HF_FILE} in {args.folder}: give --data.tokenizer PATH"
+        )
     return cfg
 
 
@@ -62,7 +62,6 @@ def _write(cfg: RunConfig) -> None:
     """What `training.loop.train` would have kept before its first step."""
     from etils import epath
 
-    from data.tokenizer import MODEL_FILE
     from launch.startup import open_corpus
     from training.checkpoint import Checkpoints, run_record
     from training.loop import write_config
@@ -78,7 +77,8 @@ def _write(cfg: RunConfig) -> None:
     state = initial_state(cfg, mesh)
     chunk = next(iter(cfg.learners.values())).model.chunk
     stream = corpus.train(cfg.train.batch, cfg.train.seq_len, chunk, cfg.train.seed)
-    kept = dataclasses.replace(cfg.data, tokenizer=str(folder / MODEL_FILE))  # the run needs the source no more
+    # The run needs the source no more.
+    kept = dataclasses.replace(cfg.data, tokenizer=str(folder / corpus.tokenizer.FILE))
     cfg = dataclasses.replace(cfg, data=kept)
     with Checkpoints(folder, cfg.train.checkpoint_keep) as checkpoints:
         checkpoints.save(0, state, stream.get_state() | {"tokens_seen": 0}, run_record(cfg, corpus.tokenizer.hash))

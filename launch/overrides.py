@@ -36,7 +36,7 @@ def add_name(parser: argparse.ArgumentParser, default: str = "", also: str = "",
     )
     parser.epilog = (
         f"presets:\n{lines}\n\n{parser.prog} NAME --help lists the fields of a preset: each can be given on the "
-        "command line, e.g.\n  --train.steps 100 --mesh.expert 8 --data.jsonl DIR --data.weights code 0.3 prose 0.7"
+        "command line, e.g.\n  --train.steps 100 --data.sources a=DIR b=embedded:code --data.weights a 0.7 b 0.3"
     )
 
 
@@ -101,7 +101,8 @@ def check_vocabulary(cfg: RunConfig, size: int | None = None) -> None:
     source = f"the tokenizer {cfg.data.tokenizer}" if cfg.data.tokenizer else "the tokenizer trained here"
     size = cfg.data.vocab_size if size is None else size
     for name, learner in cfg.learners.items():
-        if learner.model.vocab_size != size:
+        # A table larger than a given tokenizer has rows to spare, as published models do.
+        if learner.model.vocab_size < size or (learner.model.vocab_size != size and not cfg.data.tokenizer):
             field = "--model.vocab-size" if len(cfg.learners) == 1 else f"--learners.{name}.model.vocab-size"
             raise ValueError(
                 f"{name}'s vocab_size is {learner.model.vocab_size} but {source} has {size} tokens: give {field} {size}"
@@ -145,6 +146,8 @@ def _rebuild(node: Any, changes: dict[str, Any], prefix: str) -> Any:
 
 def _value(option: str, kind: Any, words: list[str]) -> Any:
     """The words of an option as a value of its field's type."""
+    if kind == dict[str, str]:
+        return named(option, words)
     if typing.get_origin(kind) is dict:
         flat = [part for word in words for part in word.replace("=", ",").split(",") if part]
         if len(flat) % 2:
@@ -168,17 +171,34 @@ def _value(option: str, kind: Any, words: list[str]) -> Any:
         raise ValueError(f"{option} is {what}, not {word!r}") from None
 
 
+def named(option: str, words: list[str]) -> dict[str, str]:
+    """`NAME PLACE` or `NAME=PLACE`, any number; a place may hold `=` and commas itself."""
+    named, name = {}, ""
+    for word in words:
+        if name:
+            named[name], name = word, ""
+        elif "=" in word:
+            key, _, place = word.partition("=")
+            named[key] = place
+        else:
+            name = word
+    if name or not named:
+        raise ValueError(f"{option} takes pairs, e.g. web=DIR code=embedded:code, not {' '.join(words)!r}")
+    return named
+
+
 def _only_learner(cfg: RunConfig) -> str:
     """What may be left out in front of a learner's fields."""
     return f"learners.{next(iter(cfg.learners))}." if len(cfg.learners) == 1 else ""
 
 
 def _nearest(option: str, names: list[str], prefix: str) -> str:
-    """The closest option, by its whole path or by its last part: `--steps` means `--train.steps`."""
+    """The closest option, by its whole path, its first or its last part: `--steps` means `--train.steps`."""
     wanted = option.removeprefix("--").replace("-", "_")
 
     def likeness(path: str) -> float:
-        ends = (path, path.removeprefix(prefix), path.rsplit(".", 1)[-1])
+        short = path.removeprefix(prefix)
+        ends = (path, short, short.split(".")[0], path.rsplit(".", 1)[-1])
         return max(difflib.SequenceMatcher(None, wanted, end).ratio() for end in ends)
 
     return "--" + max(names, key=likeness).removeprefix(prefix).replace("_", "-")

@@ -34,11 +34,10 @@ def open_corpus(cfg: RunConfig, log: Callable[[str], object] = print) -> Corpus:
 
 def run_tokenizer(folder: str | epath.Path, cfg: RunConfig) -> Tokenizer:
     """The tokenizer that `llama4 train` kept in the run's folder, or that its configuration names."""
-    from etils import epath
 
     from data import tokenizer
 
-    kept = epath.Path(folder) / tokenizer.MODEL_FILE
-    if not kept.exists() and not cfg.data.tokenizer:
-        raise FileNotFoundError(f"no {tokenizer.MODEL_FILE} in {folder}")
-    return tokenizer.load(kept if kept.exists() else cfg.data.tokenizer)
+    kept = tokenizer.find(folder)
+    if kept is None and not cfg.data.tokenizer:
+        raise FileNotFoundError(f"no {tokenizer.MODEL_FILE} or {tokenizer.HF_FILE} in {folder}")
+    return tokenizer.load(kept or cfg.data.tokenizer)

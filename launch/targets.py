@@ -101,15 +101,13 @@ def serve(args: argparse.Namespace) -> None:
 
 def _tokenizer_hash(cfg: RunConfig, name: str) -> str:
     """Of the tokenizer beside the teacher's weights, else of the run's own; only that may take its corpus."""
-    from etils import epath
-
     from data import tokenizer
     from launch.startup import open_corpus
 
-    beside = epath.Path(cfg.learners[name].init.partition(":")[2]) / tokenizer.MODEL_FILE
-    if not cfg.data.tokenizer and not beside.exists():
+    beside = tokenizer.find(cfg.learners[name].init.partition(":")[2])
+    if not cfg.data.tokenizer and beside is None:
         return open_corpus(cfg).tokenizer.hash
-    found = tokenizer.load(cfg.data.tokenizer or beside)
+    found = tokenizer.load(cfg.data.tokenizer or beside)  # pyright: ignore
     overrides.check_vocabulary(cfg, found.vocab_size)
     return found.hash
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from data.config import DataConfig
+from launch import overrides
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
@@ -19,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train = actions.add_parser("train", help="train a BPE on the documents that a run would read")
     train.add_argument("--to", metavar="DIR", required=True, help="the folder to write tokenizer.model into")
     default = DataConfig()
-    jsonl = "a .jsonl file or a folder of them (default: the embedded corpora)"
-    train.add_argument("--data.jsonl", dest="jsonl", metavar="PATH", default=default.jsonl, help=jsonl)
+    sources = "where documents are, by domain, as for a run (default: the embedded corpora)"
+    train.add_argument("--data.sources", dest="sources", metavar="NAME=PLACE", nargs="+", help=sources)
     train.add_argument(
         "--data.vocab-size", "--data.vocab_size", dest="vocab_size", metavar="N", type=int, default=default.vocab_size,
         help=f"tokens of the vocabulary (default: {default.vocab_size})",
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("words", metavar="ID", nargs="*", help="default: standard input")
     info = actions.add_parser("info", help="size, special ids and hash")
     for action in (encode, decode, info):
-        path = "its model file, or a folder that holds one: an export, a run"
+        path = "its file, or a folder that holds one (an export, a run), or llama4: the installed llama-models'"
         action.add_argument("--tokenizer", metavar="PATH", required=True, help=path)
     for action in (train, encode, decode, info):
         action.add_argument("--json", action="store_true", help="print the result as JSON; the log goes to stderr")
@@ -58,7 +59,8 @@ def _train(args: argparse.Namespace) -> int:
     from data.loader import Corpus
     from launch.startup import cache_folder
 
-    cfg = DataConfig(jsonl=args.jsonl, vocab_size=args.vocab_size)
+    places = overrides.named("--data.sources", args.sources) if args.sources else {}
+    cfg = DataConfig(sources=places, vocab_size=args.vocab_size)
     corpus = Corpus.open(cfg, cache_folder(), partial(print, file=sys.stderr))
     corpus.tokenizer.save(args.to)
     _print_info(args, corpus.tokenizer)

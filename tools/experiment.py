@@ -110,7 +110,7 @@ def corrupt(folder: epath.Path) -> dict[str, float]:
     assert learner.optimizer
     optimizer = replace(learner.optimizer, learning_rate=1e-3, warmup=10)
     learner = replace(learner, init=f"run:{folder / 'teacher'}", optimizer=optimizer)
-    data = replace(cfg.data, jsonl=str(source), tokenizer=str(folder / "teacher" / "tokenizer.model"))
+    data = replace(cfg.data, sources={"text": str(source)}, tokenizer=str(folder / "teacher" / "tokenizer.model"))
     train = replace(cfg.train, steps=CORRUPTING_STEPS, eval_every=CORRUPTING_STEPS, checkpoint_every=CORRUPTING_STEPS)
     return finish(replace(cfg, learners={"behemoth": learner}, data=data, train=train, out=str(folder / "corrupted")))
 

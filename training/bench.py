@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from data.batch import Batch, stack
-from data.packing import Document, Piece, build_row
+from data.batch import Batch
+from data.packing import Document, Piece, Row, build_batch
 from training.chips import peak_flops
 from training.config import RunConfig
 from training.flops import active_matmul_parameters, step_per_token
@@ -36,11 +36,11 @@ def synthetic_batches(cfg: RunConfig, part: int = 0, parts: int = 1, count: int 
     vocabulary = min(learner.model.vocab_size for learner in cfg.learners.values())
     rng = np.random.default_rng([cfg.train.seed, part])
 
-    def row(n: int) -> dict[str, np.ndarray]:
+    def row(n: int) -> Row:
         document = Document(rng.integers(0, vocabulary, T + 1, np.int32), domain=0, document_id=n, first_visit=True)
-        return build_row([Piece(n, 0, T, 0)], {n: document}, T, pad_id=0)
+        return [Piece((0, n), 0, T, 0)], {(0, n): document}
 
-    return [stack([row(batch * rows + n) for n in range(rows)]) for batch in range(count)]
+    return [build_batch([row(batch * rows + n) for n in range(rows)], T, pad_id=0) for batch in range(count)]
 
 
 def bench_step(cfg: RunConfig, steps: int = 10, warmup: int = 3) -> dict[str, Any]:

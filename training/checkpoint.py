@@ -17,11 +17,14 @@ from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from data.loader import merged
 from llama4_jax.axes import is_variable
 from llama4_jax.text import abstract
 from training.config import RunConfig
@@ -106,9 +109,13 @@ class Checkpoints:
         """What `run_record` returned when the checkpoint was written."""
         return self._json(step, "run")
 
+    def place(self, step: int) -> dict[str, Any]:
+        """The position in the data, of the lanes of all processes (`data.loader.merged`), and the tokens seen."""
+        return self._json(step, "data")
+
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state, placed as `like` (see `training.state.abstract_state`), and the position in the data."""
-        return self.restore_tree(step, like), self._json(step, "data")
+        return self.restore_tree(step, like), self.place(step)
 
     def restore_tree(self, step: int, like: Any, prefix: str = "") -> Any:
         """The part of the state whose names begin with `prefix`, as the abstract tree `like` is shaped and placed."""
@@ -178,6 +185,16 @@ def _check_leaves(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: s
 
 
 # --- The run's record: its config, and what a resumed run must share with it
+
+
+def whole_place(place: Mapping[str, Any]) -> dict[str, Any]:
+    """The place in the data of all processes together, from that of each: every one of them must call this."""
+    if jax.process_count() == 1:
+        return dict(place)
+    text = np.frombuffer(json.dumps(place).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text), np.int32))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+    return merged([json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)])
 
 
 def run_record(cfg: RunConfig, tokenizer: str) -> dict[str, Any]:

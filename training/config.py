@@ -283,10 +283,10 @@ class Stage:
     """Sequences of a step; 0: train.batch."""
     seq_len: int = 0
     """Tokens of a sequence; 0: train.seq_len."""
-    jsonl: str = ""
-    """Other documents, read with the run's tokenizer; empty: data.jsonl."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Other documents, read with the run's tokenizer; empty: data.sources."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Share of the tokens by domain; empty: data.weights, or by size where jsonl names other documents."""
+    """Share of the tokens by domain; empty: data.weights, or by size where sources names other documents."""
     mesh: MeshConfig | None = None
     """Other devices along the axes, or None."""
     microbatches: int = 0
@@ -392,8 +392,8 @@ class RunConfig:
         ends = (s.after for s in self.stages if s.schedule and s.after > done)
         train = replace(self.train, steps=next(ends, self.train.steps), batch=stage.batch or self.train.batch,
                         seq_len=stage.seq_len or self.train.seq_len)  # fmt: skip
-        weights = stage.weights or ({} if stage.jsonl else self.data.weights)
-        data = replace(self.data, jsonl=stage.jsonl or self.data.jsonl, weights=weights)
+        weights = stage.weights or ({} if stage.sources else self.data.weights)
+        data = replace(self.data, sources=stage.sources or self.data.sources, weights=weights)
 
         def learner_then(learner: Learner) -> Learner:
             optimizer = learner.optimizer

@@ -30,6 +30,7 @@ STYLE: Any = {
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e8e8e3", "grid.linewidth": 0.8, "axes.axisbelow": True,
     "lines.linewidth": 1.7, "lines.solid_capstyle": "round", "legend.frameon": False, "legend.fontsize": 9.5,
     "legend.handlelength": 1.4, "svg.fonttype": "path", "svg.hashsalt": "llama4", "path.simplify": True,
+    "text.parse_math": False,  # names come from the data
 }  # fmt: skip
 
 
@@ -108,6 +109,22 @@ def dots(values: Mapping[str, Sequence[float]], labels: Sequence[str], indices: 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(values) + 0.25 * len(labels) / 2), layout="constrained")
         draw_dots(figure.subplots(), values, labels, indices, xlabel)
+        return svg(figure)
+
+
+def bars(counts: Mapping[str, int], xlabel: str, ylabel: str) -> str:
+    """SVG of one upright bar a name, its number above it."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.subplots()
+        drawn = axes.bar(range(len(counts)), list(counts.values()), color=COLORS[0], width=0.8)
+        axes.bar_label(drawn, [f"{n:,}" if n else "" for n in counts.values()], fontsize=9, padding=2)
+        tilt: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(counts) > 6 else {}
+        axes.set_xticks(range(len(counts)), list(counts), **tilt)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
         return svg(figure)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from data import tokenizer
 from training.checkpoint import Checkpoints, config_from_json, flat, named_leaves, run_record
 from training.config import RunConfig
 from training.state import init_state
@@ -46,11 +47,11 @@ def parts(fork: str) -> tuple[str, int]:
     return run, int(step)
 
 
-def differences(cfg: RunConfig, record: Mapping[str, Any], tokenizer: str) -> list[str]:
+def differences(cfg: RunConfig, record: Mapping[str, Any], tokens: str) -> list[str]:
     """Lines `field: there -> here` about a fork and the checkpoint with this record; ValueError, naming the fields,
     where their arrays or tokenizers differ."""
-    if record["tokenizer"] != tokenizer:
-        file = f"{parts(cfg.fork)[0]}/tokenizer.model"
+    if record["tokenizer"] != tokens:
+        file = tokenizer.find(parts(cfg.fork)[0]) or "that of its training"
         raise ValueError(f"{cfg.fork} has another tokenizer than this run: give --data.tokenizer {file}")
     source = config_from_json(record["config"])
     if list(source.learners) != list(cfg.learners):
@@ -58,7 +59,7 @@ def differences(cfg: RunConfig, record: Mapping[str, Any], tokenizer: str) -> li
             f"{cfg.fork} has the learners {', '.join(source.learners)}, this run {', '.join(cfg.learners)}: for "
             f"weights alone give a learner's init, run:{parts(cfg.fork)[0]}"
         )
-    there, here = flat(record["config"]), flat(run_record(cfg, tokenizer)["config"])
+    there, here = flat(record["config"]), flat(run_record(cfg, tokens)["config"])
     changed = {
         field: f"{there.get(field, 'absent')} -> {here.get(field, 'absent')}"
         for field in sorted({*there, *here} - {"name", "out", "fork"})

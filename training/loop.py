@@ -26,9 +26,11 @@ from training.checkpoint import (
     Checkpoints,
     check_resumable,
     run_record,
+    whole_place,
 )
 from training.config import RunConfig
 from training.evaluate import evaluate, make_eval_step
+from training.first_batches import FirstBatches
 from training.flops import active_matmul_parameters
 from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
 from training.metrics import Console, Throughput, Writers, prefix, read, scalars
@@ -75,6 +77,8 @@ def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = 
             write_config(folder, cfg)
             corpus.tokenizer.save(folder)
             writers = stack.enter_context(closing(Writers(folder, start)))
+            if newest is None:
+                stage.stream = FirstBatches(stage.stream, corpora[start], folder, start)
         checkpoints = stack.enter_context(Checkpoints(folder, cfg.train.checkpoint_keep))
         stop = stack.enter_context(_Stop())
 
@@ -150,7 +154,7 @@ def _steps(stage: _Stage, report: _Reporter, checkpoints: Checkpoints, stop: _St
             if evaluating or stopping or step % train.checkpoint_every == 0:
                 report.finish(partial(stage.held_out, stage.state) if evaluating else dict)
                 if last or stopping or step % train.checkpoint_every == 0:
-                    place = stage.stream.get_state() | {"tokens_seen": report.tokens_seen}
+                    place = whole_place(stage.stream.get_state()) | {"tokens_seen": report.tokens_seen}
                     checkpoints.save(step, stage.state, place, record)
                 report.restart()
             if stopping:

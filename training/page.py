@@ -44,6 +44,8 @@ tbody tr:last-child > * { border-bottom: 0; }
 .swatch { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
 .better { color: var(--good); } .worse { color: var(--bad); } .same { color: var(--soft); }
 .who { font-size: .86rem; color: var(--soft); margin: 0 0 4px; }
+.edge { color: var(--good); font-size: .8em; border: 1px solid; border-radius: 4px; padding: 0 4px; }
+.read { opacity: .5; }
 .sample { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 @page { margin: 14mm; }
 @media print { :root { --paper: #fff; --card: #fff; --ink: #000; --soft: #555; --rule: #ddd; --good: #00664b;

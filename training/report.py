@@ -19,6 +19,7 @@ from llama4_jax.config import ModelConfig, Rope
 from training import figures
 from training.figures import Line
 from training.page import card, figure_card, note, page, section, short, table
+from training.report_data import data
 from training.runs import Entry, Run, entries, load
 
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 24, 2000
@@ -42,7 +43,7 @@ def build(runs: Sequence[Run]) -> str:
     """The report as HTML."""
     all_of_them = entries(runs)
     title = " and ".join([", ".join(run.name for run in runs[:-1]), runs[-1].name]) if len(runs) > 1 else runs[0].name
-    parts = [_held_out, _training, _distillation, _experts, _optimisation, _throughput, _samples, _models, _made]
+    parts = [_held_out, _training, _data, _distillation, _experts, _optimisation, _throughput, _samples, _models, _made]
     return page(title, _summary(all_of_them), [part(all_of_them) for part in parts])
 
 
@@ -153,7 +154,7 @@ def _final(found: Sequence[Entry]) -> tuple[list[Entry], dict[str, list[float]]]
 
 def _vocabulary(run: Run) -> Any:
     data = run.config.get("data", {})
-    return [data.get(field) for field in ("tokenizer", "vocab_size", "jsonl", "heldout")]
+    return [data.get(field) for field in ("tokenizer", "vocab_size", "sources", "heldout")]
 
 
 def _losses(found: Sequence[Entry]) -> tuple[list[Line], str]:
@@ -182,6 +183,10 @@ def _training(found: Sequence[Entry]) -> str:
         if len(bad := steps[~np.isfinite(values)]):
             broken.append(f"{e.label}: {len(bad)} recorded losses are not finite, the first at step {bad[0]:,.0f}.")
     return section("Training loss", note(" ".join([lead, *broken])) + charts)
+
+
+def _data(found: Sequence[Entry]) -> str:
+    return data(list(dict.fromkeys(e.run for e in found)))
 
 
 def _distillation(found: Sequence[Entry]) -> str:
@@ -348,7 +353,8 @@ def _documents(run: Run) -> str | None:
     if not data:
         return None
     weights = ", ".join(f"{name} {_text(w)}" for name, w in (data.get("weights") or {}).items())
-    return (data.get("jsonl") or "the embedded corpora") + (f" ({weights})" if weights else "")
+    places = ", ".join(f"{name} {place}" for name, place in (data.get("sources") or {}).items())
+    return (places or "the embedded corpora") + (f" ({weights})" if weights else "")
 
 
 def _parameters(model: Mapping[str, Any] | None) -> tuple[int, int]:

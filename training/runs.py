@@ -36,6 +36,7 @@ class Run:
         self.records = [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int)]
         self.config = self._json("config.json", dict) or {}
         self.samples = self._json("samples.json", list)
+        self.contents = self._json("data.json", dict)
         self.artifacts = self._json("artifacts.json", list)
 
     def _json(self, name: str, kind: type) -> Any:

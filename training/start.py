@@ -60,8 +60,8 @@ def check_init(cfg: RunConfig, name: str, tokens: str) -> None:
     if init and not (folder / CONFIG).exists():
         hint = "; train it first" if init.startswith("run:") else ""
         raise FileNotFoundError(f"{name}'s init is {init}, but {folder / CONFIG} is missing{hint}")
-    source = folder / tokenizer.MODEL_FILE
-    if init and source.exists() and tokenizer.load(source).hash != tokens:
+    source = tokenizer.find(folder) if init else None
+    if source and tokenizer.load(source).hash != tokens:
         raise ValueError(f"{name}'s {init} has another tokenizer than this run: give --data.tokenizer {source}")
 
 

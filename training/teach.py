@@ -31,7 +31,7 @@ from data.loader import Corpus
 from llama4_jax.axes import BATCH_AXES, EXPERT, VOCAB_AXES, present
 from llama4_jax.config import ModelConfig
 from llama4_jax.kernels.vocab_loss.sparse import SparseTargets, sparsify
-from training.checkpoint import named_leaves
+from training.checkpoint import named_leaves, whole_place
 from training.config import Learner, RunConfig
 from training.loop import put_local
 from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
@@ -104,7 +104,7 @@ def teach(
             stream = here.train(*shape, cfg.train.seed, share.part, share.parts, place, crossing=bool(done))
             with closing(stream):
                 _write(islice(stream, until - done), teacher, params, mesh, writer, progress)
-                done, place = until, stream.get_state()
+                done, place = until, whole_place(stream.get_state())
     progress.line()
     return dict(folder=str(out), learner=name, teacher=identity.teacher, batches=progress.done, passed=progress.passed,
                 **writer.written)  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data import mixture
-from data.packing import Document
+from data.mixture import Order
 from data.sources import from_texts
 from data.tokenizer import from_bytes, train_bpe
 
@@ -25,10 +25,6 @@ def corpus():
     return [long, short], from_bytes(train_bpe([long[i] for i in range(40)], 320))
 
 
-def read(stream, index: int) -> Document:
-    return stream[index]
-
-
 def all_of(source) -> np.ndarray:
     return np.arange(len(source))
 
@@ -41,41 +37,34 @@ def test_mean_tokens_are_close_to_the_count(corpus):
         assert mixture.tokens_per_document(source, all_of(source), bpe, sample=3000) == pytest.approx(exact, rel=0.05)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
-def test_tokens_come_in_the_chosen_shares(corpus, share):
-    sources, bpe = corpus
-    means = {s.name: mixture.tokens_per_document(s, all_of(s), bpe) for s in sources}
-    stream = mixture.stream(sources, [all_of(s) for s in sources], bpe, {"long": share, "short": 1 - share}, means, 0)
-    tokens = np.zeros(2)
-    for i in range(800):
-        document = read(stream, i)
-        tokens[document.domain] += len(document.tokens)
-    assert tokens[0] / tokens.sum() == pytest.approx(share, abs=0.02)
+def test_each_pass_visits_every_document_once_in_a_new_order():
+    order = Order("long", 30, 7)
+    passes = [[order[i + 30 * n] for i in range(30)] for n in range(3)]
+    assert all(sorted(document for document, _ in one) == list(range(30)) for one in passes)
+    assert [{visit for _, visit in one} for one in passes] == [{0}, {1}, {2}]
+    first, second, third = ([document for document, _ in one] for one in passes)
+    assert first != second != third
 
 
-def test_each_pass_visits_every_document_once_in_a_new_order(corpus):
-    sources, bpe = corpus
-    parts = [np.arange(10, 40), np.arange(5)]
-    stream = mixture.stream(sources, parts, bpe, {"long": 1.0, "short": 0.0}, {"long": 1.0, "short": 1.0}, 7)
-    passes = [[read(stream, i + 30 * n) for i in range(30)] for n in range(3)]
-    orders = [[document.document_id for document in one] for one in passes]
-    assert all(sorted(order) == list(range(10, 40)) for order in orders)
-    assert orders[0] != orders[1] != orders[2]
-    assert [{document.first_visit for document in one} for one in passes] == [{True}, {False}, {False}]
-    np.testing.assert_array_equal(passes[0][3].tokens, bpe.document(sources[0][orders[0][3]]))
+def test_the_order_of_a_domain_depends_on_the_seed_and_its_name_alone():
+    def order(name, seed):
+        return [Order(name, 30, seed)[i] for i in range(30)]
+
+    assert order("long", 1) == order("long", 1)
+    assert order("long", 1) != order("long", 2) and order("long", 1) != order("short", 1)
 
 
-def test_the_order_of_a_domain_depends_on_the_seed_and_its_name_alone(corpus):
-    sources, bpe = corpus
-
-    def order(domain, shares, seed):
-        parts = [all_of(s) for s in sources]
-        stream = mixture.stream(sources, parts, bpe, shares, {"long": 1.0, "short": 1.0}, seed)
-        return [d.document_id for d in (read(stream, i) for i in range(60)) if d.domain == domain][:20]
-
-    alone = order(0, {"long": 1.0, "short": 0.0}, 1)
-    assert order(0, {"long": 0.5, "short": 0.5}, 1) == alone
-    assert order(0, {"long": 1.0, "short": 0.0}, 2) != alone
+@pytest.mark.parametrize("behind", [[[3, 5, 4, 3]], [[0, 0]], [[2, 0, 1], [4, 4]], [[7], [1, 3], [0, 2, 9]]])
+def test_behind_earlier_stages_comes_what_their_lanes_left_out_and_then_the_rest(behind):
+    """Nothing comes twice, and nothing is left out before a pass is through."""
+    names: list[tuple[int, int]] = []
+    for stage, taken in enumerate(behind):
+        order = Order("x", 40, 3, behind[:stage])
+        names += [order[lane + len(taken) * k] for lane, count in enumerate(taken) for k in range(count)]
+    after = Order("x", 40, 3, behind)
+    rest = [after[i] for i in range(40 - len(names))]
+    assert sorted(names + rest) == [(document, 0) for document in range(40)]
+    assert [visit for _, visit in (after[40 - len(names) + i] for i in range(40))] == [1] * 40
 
 
 def test_shares_follow_weights_and_the_rest_goes_by_size():

@@ -4,48 +4,41 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.batch import DTYPES, FIELDS
-from data.packing import Document, Packer, Piece, build_row
+from data.packing import Document, Key, Span, build_batch, cut, pack
 
 GRIDS = [(64, 16), (64, 64), (48, 64), (96, 8), (32, 32), (16, 1000)]
 PAD = 999
 
 
-def random_documents(seed: int, count: int = 200, longest: int = 300) -> dict[int, Document]:
+def random_documents(seed: int, count: int = 200, longest: int = 300) -> dict[Key, Document]:
     """Lengths from two tokens (an empty text) to several rows, with the grid's own multiples among them."""
     rng = np.random.default_rng(seed)
-    lengths = [
-        2,
-        8,
-        15,
-        16,
-        17,
-        32,
-        63,
-        64,
-        65,
-        128,
-        129,
-        *np.exp(rng.uniform(0.7, np.log(longest), count)).astype(int),
-    ]
+    multiples = [2, 8, 15, 16, 17, 32, 63, 64, 65, 128, 129]
+    lengths = [*multiples, *np.exp(rng.uniform(0.7, np.log(longest), count)).astype(int)]
     return {
-        key: Document(rng.integers(1, 900, length).astype(np.int32), key % 3, key + 100, key % 2 == 0)
-        for key, length in enumerate(np.maximum(lengths, 2).tolist())
+        (n % 3, n): Document(rng.integers(1, 900, length).astype(np.int32), n % 3, n + 100, n % 2 == 0)
+        for n, length in enumerate(np.maximum(lengths, 2).tolist())
     }
 
 
-def pack(documents: dict[int, Document], seq_len: int, chunk: int, open_rows: int = 4) -> list[list[Piece]]:
-    packer = Packer(seq_len, chunk, open_rows)
-    rows = [row for key, document in documents.items() for row in packer.add(key, len(document.tokens))]
-    return rows + packer.flush()
+def spans_of(documents: dict[Key, Document], seq_len: int) -> list[Span]:
+    return [span for key, document in documents.items() for span in cut(key, len(document.tokens), seq_len)]
+
+
+def row_of(pieces, documents, seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
+    """The fields of a batch of one row, each [T]."""
+    return {name: field[0] for name, field in build_batch([(pieces, documents)], seq_len, pad_id)._asdict().items()}
 
 
 @pytest.mark.parametrize(("seq_len", "chunk"), GRIDS)
 def test_chunks_of_a_row_are_chunks_of_its_documents(seq_len, chunk):
     documents = random_documents(seq_len)
-    for pieces in pack(documents, seq_len, chunk):
-        row = build_row(pieces, documents, seq_len, PAD)
+    for pieces in pack(spans_of(documents, seq_len), seq_len, chunk):
+        row = row_of(pieces, documents, seq_len, PAD)
         real = row["segment_ids"] > 0
         segment, position, index = row["segment_ids"][real], row["positions"][real], np.arange(seq_len)[real]
         by_document = (segment[:, None] == segment) & (position[:, None] // chunk == position // chunk)
@@ -56,9 +49,9 @@ def test_chunks_of_a_row_are_chunks_of_its_documents(seq_len, chunk):
 @pytest.mark.parametrize(("seq_len", "chunk"), GRIDS)
 def test_rows_reassemble_to_the_documents_and_their_labels(seq_len, chunk):
     documents = random_documents(seq_len + 1)
-    pieces: dict[int, list[tuple[int, dict[str, np.ndarray]]]] = {key: [] for key in documents}
-    for placed in pack(documents, seq_len, chunk):
-        row = build_row(placed, documents, seq_len, PAD)
+    pieces: dict[Key, list[tuple[int, dict[str, np.ndarray]]]] = {key: [] for key in documents}
+    for placed in pack(spans_of(documents, seq_len), seq_len, chunk):
+        row = row_of(placed, documents, seq_len, PAD)
         assert {name: array.dtype for name, array in row.items()} == {name: np.dtype(t) for name, t in DTYPES.items()}
         for segment, piece in enumerate(sorted(placed, key=lambda piece: piece.at), 1):
             (where,) = np.nonzero(row["segment_ids"] == segment)
@@ -81,21 +74,42 @@ def test_rows_reassemble_to_the_documents_and_their_labels(seq_len, chunk):
         assert cuts == set(range(0, len(document.tokens), seq_len)), "only what is longer than a row is split"
 
 
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 200), max_size=60), cells=st.integers(1, 5), cell=st.integers(1, 40),
+    first=st.integers(0, 60),
+)  # fmt: skip
+def test_pack_loses_nothing_overlaps_nothing_and_stays_on_the_grid(lengths, cells, cell, first):
+    seq_len = cells * cell
+    spans = [span for n, length in enumerate(lengths) for span in cut((0, n), length, seq_len)]
+    rows = pack(spans, seq_len, cell, first)
+    pieces = [piece for row in rows for piece in row]
+    assert sorted(Span(*piece[:3]) for piece in pieces) == sorted(spans), "each span once, whole"
+    taken = [np.zeros(seq_len, int) for _ in rows]
+    for row, used in zip(rows, taken, strict=True):
+        for piece in row:
+            end = piece.at + piece.stop - piece.start
+            used[piece.at : end] += 1
+            assert end <= seq_len and (piece.at // cell == (end - 1) // cell or piece.at % cell == 0)
+    assert all(used.max(initial=0) <= 1 for used in taken)
+    assert all(rows), "no row is empty"
+
+
 def test_golden_rows():
-    """Two cells of four: a document of six takes the row, its tail takes two; the next ones fill and split."""
-    tokens = {0: [1, 10, 11, 12, 13, 2], 1: [1, 2], 2: [1, 20, 2], 3: [1, 30, 31, 32, 33, 34, 35, 36, 37, 2]}
-    documents = {key: Document(np.array(t, np.int32), key % 2, key, key < 2) for key, t in tokens.items()}
-    rows = [build_row(row, documents, 8, 0) for row in pack(documents, 8, 4)]
+    """Two cells of four: the longest first, into the first row; then what fits into the tails that are left."""
+    tokens = [[1, 10, 11, 12, 13, 2], [1, 2], [1, 20, 2], [1, 30, 31, 32, 33, 34, 35, 36, 37, 2]]
+    documents = {(n % 2, n): Document(np.array(t, np.int32), n % 2, n, n < 2) for n, t in enumerate(tokens)}
+    rows = [row_of(row, documents, 8, 0) for row in pack(spans_of(documents, 8), 8, 4)]
     expected = [
+        dict(
+            tokens=[1, 30, 31, 32, 33, 34, 35, 36], labels=[30, 31, 32, 33, 34, 35, 36, 37], segment_ids=[1] * 8,
+            positions=range(8), loss_mask=[1] * 8, domain=[1] * 8, first_visit=[0] * 8, document_id=[3] * 8,
+        ),
         dict(
             tokens=[1, 10, 11, 12, 13, 2, 1, 2], labels=[10, 11, 12, 13, 2, 0, 2, 0],
             segment_ids=[1, 1, 1, 1, 1, 1, 2, 2], positions=[0, 1, 2, 3, 4, 5, 0, 1],
             loss_mask=[1, 1, 1, 1, 1, 0, 1, 0],
             domain=[0, 0, 0, 0, 0, 0, 1, 1], first_visit=[1] * 8, document_id=[0, 0, 0, 0, 0, 0, 1, 1],
-        ),
-        dict(
-            tokens=[1, 30, 31, 32, 33, 34, 35, 36], labels=[30, 31, 32, 33, 34, 35, 36, 37], segment_ids=[1] * 8,
-            positions=range(8), loss_mask=[1] * 8, domain=[1] * 8, first_visit=[0] * 8, document_id=[3] * 8,
         ),
         dict(
             tokens=[1, 20, 2, 0, 37, 2, 0, 0], labels=[20, 2, 0, 0, 2, 0, 0, 0], segment_ids=[1, 1, 1, 0, 2, 2, 0, 0],
@@ -110,41 +124,30 @@ def test_golden_rows():
 
 
 def test_a_row_of_no_pieces_is_padding():
-    row = build_row([], {}, 8, PAD)
+    row = row_of([], {}, 8, PAD)
     assert (row["tokens"] == PAD).all() and not row["segment_ids"].any() and not row["loss_mask"].any()
 
 
-@pytest.mark.parametrize("cut", [1, 7, 50, 199])
-def test_a_restored_packer_goes_on_as_the_unbroken_one(cut):
-    lengths = [len(document.tokens) for document in random_documents(3).values()]
-    packer, other = Packer(64, 16), Packer(64, 16)
-    for key, length in enumerate(lengths[:cut]):
-        packer.add(key, length)
-    other.restore(packer.snapshot())
-    for key, length in enumerate(lengths[cut:], cut):
-        assert packer.add(key, length) == other.add(key, length)
-    assert packer.flush() == other.flush()
-
-
-@pytest.mark.parametrize("open_rows", [1, 3, 10])
-def test_lookahead_is_bounded(open_rows):
-    packer = Packer(64, 16, open_rows)
-    for key, length in enumerate(np.random.default_rng(0).integers(2, 200, 500).tolist()):
-        packer.add(key, length)
-        assert len(packer.snapshot()) <= open_rows
+@pytest.mark.parametrize(("seq_len", "chunk"), GRIDS)
+def test_what_waited_lies_in_the_first_rows(seq_len, chunk):
+    """And no later row could have taken any of it: the rows with it are those it needs alone, filled up."""
+    spans = spans_of(random_documents(5), seq_len)
+    first = spans[-9:]
+    alone, rows = pack(first, seq_len, chunk), pack([*first, *spans[:-9]], seq_len, chunk, first=9)
+    with_first = [n for n, row in enumerate(rows) if any(Span(*piece[:3]) in first for piece in row)]
+    assert with_first == list(range(len(alone)))
+    assert sorted(Span(*piece[:3]) for row in rows for piece in row) == sorted(spans)
 
 
 def test_little_is_padded():
     """Lengths distributed as the embedded corpora's are (log-normal, measured), rows of 1,024 with chunks of 256."""
     rng = np.random.default_rng(0)
     logs = np.where(rng.random(2000) < 0.31, rng.normal(7.64, 1.53, 2000), rng.normal(6.91, 1.45, 2000))
-    packer, rows = Packer(1024, 256), []
-    for key, length in enumerate(np.exp(logs).astype(int) + 2):
-        rows += packer.add(key, int(length))
-    filled = sum(piece.stop - piece.start for row in rows for piece in row)
-    assert 1 - filled / (1024 * len(rows)) < 0.03
+    lengths = np.exp(logs).astype(int) + 2
+    rows = pack([span for n, length in enumerate(lengths.tolist()) for span in cut((0, n), length, 1024)], 1024, 256)
+    assert 1 - lengths.sum() / (1024 * len(rows)) < 0.03
 
 
 def test_rows_that_are_not_whole_chunks_are_refused():
     with pytest.raises(ValueError, match=r"seq_len 1000 must be a multiple .* 256.*: the nearest is 1024"):
-        Packer(1000, 256)
+        pack([], 1000, 256)

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 from etils import epath
 
-from data import sources
+from data import embedded, sources
 from data.cache import cached
 
 
 def write_jsonl(path, records) -> None:
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in records))
+
+
+def jsonl(path, cache) -> list[sources.Source]:
+    return sources.open_sources({"text": str(path)}, cache)
 
 
 def texts(source: sources.Source) -> list[str]:
@@ -27,7 +31,7 @@ def test_jsonl_reads_every_line_of_every_file_by_index(tmp_path):
     write_jsonl(folder / "b.jsonl", [{"text": "third", "domain": "x"}, "", {"text": "vierte\n größte"}])
     write_jsonl(folder / "a.jsonl", [{"text": "first", "domain": "x"}, {"text": "second 漢字", "domain": "y"}])
     (folder / "notes.txt").write_text("not read")
-    found = {source.name: source for source in sources.jsonl(folder, cache)}
+    found = {source.name: source for source in jsonl(folder, cache)}
     assert {name: texts(source) for name, source in found.items()} == {
         "text": ["vierte\n größte"], "x": ["first", "third"], "y": ["second 漢字"],
     }  # fmt: skip
@@ -35,15 +39,15 @@ def test_jsonl_reads_every_line_of_every_file_by_index(tmp_path):
         raw = [text.encode() for text in texts(source)]
         assert source.hashes.tolist() == [sources.content_hash(r) for r in raw]
         assert source.sizes.tolist() == [len(r) for r in raw]
-    assert texts(sources.jsonl(folder / "b.jsonl", cache)[1]) == ["third"]
+    assert texts(jsonl(folder / "b.jsonl", cache)[1]) == ["third"]
 
 
 def test_a_changed_jsonl_is_indexed_anew(tmp_path):
     cache, file = epath.Path(tmp_path / "cache"), tmp_path / "d.jsonl"
     write_jsonl(file, [{"text": "one"}])
-    assert texts(sources.jsonl(file, cache)[0]) == ["one"]
+    assert texts(jsonl(file, cache)[0]) == ["one"]
     write_jsonl(file, [{"text": "zero"}, {"text": "one"}])
-    assert texts(sources.jsonl(file, cache)[0]) == ["zero", "one"]
+    assert texts(jsonl(file, cache)[0]) == ["zero", "one"]
 
 
 @pytest.mark.parametrize(
@@ -60,24 +64,24 @@ def test_a_changed_jsonl_is_indexed_anew(tmp_path):
 def test_a_bad_line_names_file_and_line(tmp_path, line, what):
     write_jsonl(tmp_path / "bad.jsonl", [{"text": "good"}, "", line])
     with pytest.raises(ValueError, match=f"bad.jsonl, line 3: .*{what}"):
-        sources.jsonl(tmp_path / "bad.jsonl", epath.Path(tmp_path / "cache"))
+        jsonl(tmp_path / "bad.jsonl", epath.Path(tmp_path / "cache"))
 
 
 def test_nothing_to_read_is_said(tmp_path):
     cache = epath.Path(tmp_path / "cache")
     with pytest.raises(FileNotFoundError, match=r"nothing at .*gone"):
-        sources.jsonl(tmp_path / "gone", cache)
+        jsonl(tmp_path / "gone", cache)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no \.jsonl file in the folder"):
-        sources.jsonl(tmp_path / "empty", cache)
+    with pytest.raises(ValueError, match=r"empty is none of the kinds; supported are \*\.jsonl"):
+        jsonl(tmp_path / "empty", cache)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no documents in"):
-        sources.jsonl(tmp_path / "empty.jsonl", cache)
+        jsonl(tmp_path / "empty.jsonl", cache)
 
 
 def test_the_embedded_corpora(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PROSE_PACKAGES", ("optax", "no_such_package"))
-    code, prose = sources.embedded(epath.Path(tmp_path))
+    monkeypatch.setattr(embedded, "PROSE_PACKAGES", ("optax", "no_such_package"))
+    code, prose = sources.open_sources({}, epath.Path(tmp_path))
     assert (code.name, prose.name) == ("code", "prose")
     assert (
         len(code) > 300 and code.sizes.sum() > 5_000_000 and any(text.startswith('"""Text wrapping') for text in code)
@@ -86,20 +90,20 @@ def test_the_embedded_corpora(tmp_path, monkeypatch):
     assert any("Adam" in text for text in texts(prose))
     for source in (code, prose):
         assert len(set(source.hashes.tolist())) == len(source), "no document twice"
-    again = sources.embedded(epath.Path(tmp_path))  # from the cache this time
+    again = sources.open_sources({}, epath.Path(tmp_path))  # from the cache this time
     assert all(np.array_equal(a.hashes, b.hashes) for a, b in zip((code, prose), again, strict=True))
 
 
 def test_docstrings_come_in_order_dedented_and_without_import(tmp_path):
-    long = "y" * sources.MIN_DOCSTRING
+    long = "y" * embedded.MIN_DOCSTRING
     (tmp_path / "m.py").write_text(
         f'"""Module {long}"""\nraise SystemExit\ndef f():\n    """Short."""\n    class C:\n'
         f'        """Inner {long}\n\n            More.\n        Last.\n        """\nif f:\n    def g(): "G {long}"\n'
     )
     (tmp_path / "newer.py").write_text("def = 3")
     expected = [f"Module {long}", f"Inner {long}\n\n    More.\nLast.", f"G {long}"]
-    assert list(sources._docstrings(tmp_path / "m.py")) == expected
-    assert list(sources._docstrings(tmp_path / "newer.py")) == []
+    assert list(embedded._docstrings(tmp_path / "m.py")) == expected
+    assert list(embedded._docstrings(tmp_path / "newer.py")) == []
 
 
 def numbered(name: str, numbers) -> sources.Source:

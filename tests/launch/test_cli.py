@@ -33,7 +33,9 @@ def failure(line: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("trian pretrain:tiny", "no command 'trian'; the nearest is 'train'"),
         ("train", "a preset or a run's folder is needed; the presets are pretrain:tiny"),
         ("train pretrain:tyni", "no preset 'pretrain:tyni'; the nearest is 'pretrain:tiny'"),
-        ("data pretrain:tyni", "no preset 'pretrain:tyni'; the nearest is 'pretrain:tiny'"),
+        ("data inspect pretrain:tyni", "no preset 'pretrain:tyni'; the nearest is 'pretrain:tiny'"),
+        ("data", "llama4 data"),
+        ("data ledger nowhere", "--from nowhere: no checkpoints in nowhere"),
         ("train pretrain:tiny --train.stepz 3", "no option or field --train.stepz; the nearest is --train.steps"),
         ("train pretrain:tiny --train.steps many", "--train.steps is a whole number, not 'many'"),
         ("train pretrain:tiny --train.steps 0", "train.steps must be at least 1, not 0"),
@@ -52,7 +54,7 @@ def failure(line: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("train pretrain:tiny --from nowhere@x --out new", "--from takes RUN or RUN@STEP, a step being a whole number"),
         ("train pretrain:tiny --from", "argument --from: expected one argument"),
         ("train pretrain:tiny --offload true --remat none", "remat none does not: use remat attention"),
-        ("train pretrain:tiny --data.jsonl nowhere", "data.jsonl: nothing at nowhere"),
+        ("train pretrain:tiny --data.sources text=nowhere", "data.sources text: nothing at nowhere"),
         ("train pretrain:tiny --data.vocab-size 500 --model.vocab-size 600", "give --model.vocab-size 500"),
         ("demo --train.stepz 3", "no option or field --train.stepz; the nearest is --train.steps"),
         ("export", "the following arguments are required: RUN, --to (see llama4 export --help)"),
@@ -64,7 +66,7 @@ def failure(line: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("verify nowhere --tolerance big", "--tolerance: invalid float value: 'big'"),
         ("tokenizer encod", "'encod' (choose from"),
         ("tokenizer info --tokenizer nowhere", "no tokenizer at nowhere"),
-        ("tokenizer train --to new --data.jsonl nowhere", "data.jsonl: nothing at nowhere"),
+        ("tokenizer train --to new --data.sources text=nowhere", "data.sources text: nothing at nowhere"),
         ("inspect scuot", "scout"),
     ],
 )
@@ -78,7 +80,7 @@ def test_mistakes_take_one_line(line: str, message: str, capsys, tmp_path: Path,
 def test_a_bad_document_is_named(capsys, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
-    assert "bad.jsonl, line 2" in failure(f"data --data.jsonl {tmp_path}/bad.jsonl", capsys)
+    assert "bad.jsonl, line 2" in failure(f"data inspect --data.sources text={tmp_path}/bad.jsonl", capsys)
 
 
 def test_the_unforeseen_keeps_its_traceback(monkeypatch):
@@ -148,8 +150,12 @@ def test_help_and_mistakes_import_nothing_heavy():
 def test_every_command_is_one(capsys):
     import importlib
 
-    for module, line in cli.COMMANDS.values():
+    from launch import data
+
+    for module, line in [*cli.COMMANDS.values(), *data.ACTIONS.values()]:
         loaded = importlib.import_module(module)
+        if hasattr(loaded, "ACTIONS"):
+            continue
         assert callable(loaded.run) and callable(loaded.add_arguments) and len(line) < 90
 
 

@@ -14,8 +14,8 @@ def output(line: str, capsys) -> str:
 
 
 def test_data_describes_what_is_read(corpus: Path, capsys):
-    fields = f"--data.jsonl {corpus} --data.vocab-size 320 --data.weights long=0.25 --data.heldout 0.2"
-    facts = json.loads(output(f"data {fields} --json --show 3", capsys))
+    fields = f"--data.sources text={corpus} --data.vocab-size 320 --data.weights long=0.25 --data.heldout 0.2"
+    facts = json.loads(output(f"data inspect {fields} --json --show 3", capsys))
     assert facts["tokenizer"]["vocab_size"] == 320
     long, short = facts["domains"]["long"], facts["domains"]["short"]
     assert (long["documents"], short["documents"]) == (200, 100)
@@ -25,14 +25,42 @@ def test_data_describes_what_is_read(corpus: Path, capsys):
     assert len(facts["samples"]) == 3
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     assert all(sample["text"] in texts for sample in facts["samples"])
-    table = output(f"data {fields} --show 1", capsys)
+    table = output(f"data inspect {fields} --show 1", capsys)
     assert "25.0%" in table and facts["samples"][0]["text"][:100] in table
+
+
+EVIL = "a\x1b[31m\x07 [red]b[/red] \u202ecba\u2028 \x9b2J\r"
+
+
+def test_data_from_outside_reaches_no_terminal(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "evil.jsonl"
+    lines = [json.dumps({"text": f"{EVIL} {n} " + "word " * (n % 9), "domain": f"[red]{EVIL}"}) for n in range(200)]
+    file.write_text("\n".join(lines))
+    shown = output(
+        f"data inspect --data.sources text={file} --data.vocab-size 305 --data.heldout 0.2 --show 20", capsys
+    )
+    assert not set(shown) & set("\x1b\x07\r\x9b\u202e\u2028")
+    assert r"a\x1b[31m\x07 [red]b[/red] \u202ecba\u2028 \x9b2J\x0d" in shown
+
+
+def test_data_begins_with_the_batch_of_a_step(corpus: Path, capsys):
+    fields = f"--data.sources text={corpus} --data.vocab-size 320 --batches 1 --show 4 --json"
+    first, third = (json.loads(output(f"data inspect {fields} --step {k}", capsys)) for k in (1, 3))
+    assert (first["batches"]["batches"], third["batches"]["step"]) == (1, 3)
+    assert third["samples"][0]["step"] == 3 and first["samples"] != third["samples"]
+    assert sum(n for _, n in first["batches"]["lengths"]) == first["batches"]["pieces"]
+    for words, error in (("--step 0", "--step must be at least 1"), ("--step 9999", "give at most 250")):
+        assert cli.main(f"data inspect {words}".split()) == 2
+        assert error in capsys.readouterr().err
+    assert cli.main(["data", "inspct"]) == 2
+    assert "no action 'inspct'; the nearest is 'inspect'" in capsys.readouterr().err
 
 
 def test_tokenizer_goes_round(corpus: Path, tmp_path: Path, capsys):
     folder = tmp_path / "bpe"
     made = json.loads(
-        output(f"tokenizer train --to {folder} --data.jsonl {corpus} --data.vocab_size 320 --json", capsys)
+        output(f"tokenizer train --to {folder} --data.sources text={corpus} --data.vocab_size 320 --json", capsys)
     )
     assert made["vocab_size"] == 320
     assert json.loads(output(f"tokenizer info --tokenizer {folder} --json", capsys)) == made

@@ -32,7 +32,7 @@ TINY = (
 def train(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The line that starts a run of two steps in `run`."""
     monkeypatch.chdir(corpus.parent)
-    return f"train pretrain:tiny --out run --data.jsonl {corpus} {TINY} --train.steps 2"
+    return f"train pretrain:tiny --out run --data.sources text={corpus} {TINY} --train.steps 2"
 
 
 def test_train_go_on_export_import(train: str, capsys):
@@ -82,7 +82,7 @@ def test_from_another_run(train: str, capsys):
 
 
 def data(train: str) -> str:
-    return f"--data.jsonl {train.split()[5]} --data.heldout 0.2 --train.batch 8 --train.seq-len 32 --train.steps 2"
+    return f"--data.sources {train.split()[5]} --data.heldout 0.2 --train.batch 8 --train.seq-len 32 --train.steps 2"
 
 
 def test_a_routers_bias_keeps_from_exporting_until_the_end(train: str, capsys):
@@ -147,7 +147,7 @@ def shrunken(preset: str) -> RunConfig:
 def test_demo_goes_on_and_does_nothing_twice(train: str, capsys, monkeypatch):
     for preset in ("pretrain:tiny_behemoth_teacher", "codistill:tiny", "pretrain:tiny"):
         monkeypatch.setitem(configs.PRESETS, preset, partial(replace, shrunken(preset)))
-    options = train[train.index("--data.jsonl") : train.index(" --model.chunk")]
+    options = train[train.index("--data.sources") : train.index(" --model.chunk")]
     line = f"demo --out demo {options} --train.steps 2"
     first = output(line, capsys)
     for student in ("maverick", "scout"):

@@ -40,7 +40,7 @@ ROWS = "--data.vocab-size 320 --data.heldout 0.2 --train.batch 8 --train.seq-len
 def write(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The line that writes the targets of a run of six steps, once there is a teacher: weights as a run keeps them."""
     monkeypatch.chdir(corpus.parent)
-    line = f"--data.jsonl {corpus} {ROWS} {MODEL} --train.steps 6"
+    line = f"--data.sources text={corpus} {ROWS} {MODEL} --train.steps 6"
     args = argparse.Namespace(overrides=overrides.split(line.split(), [])[1], options=[])
     cfg = replace(overrides.apply(configs.find("pretrain:tiny"), args), out="teacher")
     tokenizer = open_corpus(cfg, log=lambda _: None).tokenizer

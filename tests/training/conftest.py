@@ -32,7 +32,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(documents: Path) -> Corpus:
     """Those documents, with a tokenizer trained on them."""
-    cfg = DataConfig(jsonl=str(documents), vocab_size=VOCAB, heldout=0.1)
+    cfg = DataConfig(sources={"text": str(documents)}, vocab_size=VOCAB, heldout=0.1)
     return Corpus.open(cfg, documents.parent / "cache", log=lambda _: None)
 
 

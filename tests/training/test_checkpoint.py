@@ -183,7 +183,7 @@ def test_what_may_change_between_starts(make_run):
         (replace(cfg, train=replace(cfg.train, batch=16)), r"train\.batch = 8, not 16"),
         (replace(cfg, train=replace(cfg.train, seq_len=64)), r"train\.seq_len = 32, not 64"),
         (replace(cfg, data=replace(cfg.data, weights={"odd": 1.0})), r"data\.weights.* = "),
-        (replace(cfg, data=replace(cfg.data, jsonl="x")), r"data\.jsonl = '', not 'x'"),
+        (replace(cfg, data=replace(cfg.data, sources={"text": "x"})), r"data\.sources"),
         (replace(cfg, learners={"scout": replace(scout, model=replace(scout.model, num_heads=4))}),
          r"learners\.scout\.model\.num_heads = 2, not 4"),
         (replace(cfg, learners={"maverick": scout}), r"learners\.maverick\..* = 'absent'"),

@@ -213,7 +213,7 @@ cfg = find("pretrain:tiny")
 scout = cfg.learners["scout"]
 model = replace(scout.model, vocab_size=320, embed_dim=32, num_heads=2, num_kv_heads=2, head_dim=8, expert_dim=16,
                 num_experts=4, chunk=16)
-data = DataConfig(jsonl=documents, vocab_size=320, heldout=0.1)
+data = DataConfig(sources={"text": documents}, vocab_size=320, heldout=0.1)
 portions = replace(cfg.train, steps=200, batch=8, seq_len=32, log_every=1, eval_every=50, eval_batches=2,
                    checkpoint_every=20)
 cfg = replace(cfg, learners={"scout": replace(scout, model=model)}, data=data, train=portions, out=out)
@@ -253,7 +253,9 @@ def test_weights_with_another_tokenizer_are_refused(make_run, corpus, documents,
     (source / "config.json").write_text("{}")
     cfg = make_run()
     learner = replace(cfg.learners["scout"], init=f"run:{source}")
-    other = Corpus.open(DataConfig(jsonl=str(documents), vocab_size=310, heldout=0.1), tmp_path / "cache", log=quiet)
+    other = Corpus.open(
+        DataConfig(sources={"text": str(documents)}, vocab_size=310, heldout=0.1), tmp_path / "cache", log=quiet
+    )
     with pytest.raises(ValueError, match=r"another tokenizer than this run: give --data.tokenizer .*tokenizer.model"):
         train(replace(cfg, learners={"scout": learner}), other)
 

@@ -78,9 +78,20 @@ def codistillation(folder: Path) -> Path:
     samples = [{"learner": name, "prompt": "Once upon a time", "text": "Once upon a time there was a river."}
                for name in ("maverick", "scout")]  # fmt: skip
     (folder / "samples.json").write_text(json.dumps(samples))
+    contents(folder, "wiki", "A river in spring.")
     made = [{"what": "scout, bf16", "from": "step 600", "where": f"{folder.name}/hf/scout", "note": "agrees to 3e-7"}]
     (folder / "artifacts.json").write_text(json.dumps(made))
     return folder
+
+
+def contents(folder: Path, name: str, text: str) -> None:
+    """What `training/first_batches.py` writes."""
+    sample = dict(row=0, at=0, tokens=9, counted=8, domain=name, document=3, begins=True, ends=True, cut=False,
+                  text=text, spans=[["", False], [text, True]])  # fmt: skip
+    facts = dict(step=1, batches=2, rows=16, tokens=4000, counted=3900, pieces=20, fill=0.98, pieces_per_row=1.25,
+                 mixture={name: dict(target=0.5, read=0.52, tokens=4000)}, lengths=[[256, 4], [512, 16]],
+                 samples=[sample])  # fmt: skip
+    (folder / "data.json").write_text(json.dumps(facts))
 
 
 def labels_alone(folder: Path) -> Path:
@@ -150,6 +161,7 @@ def test_a_codistillation_shows_everything(runs):
     page = built(runs[0])
     for words in ("Held-out loss", "Training loss", "Weights in the loss", "KL(teacher ‖ student)", "Expert load",
                   "Learning rate.", "Global gradient norm", "Tokens a second", "waiting for data", "Samples",
+                  "A river in spring.", "98.0% full",
                   "Models and runs", "frozen teacher", "student of behemoth", "scout, bf16", "agrees to 3e-7",
                   "600 of 600", "expert 2, fsdp over the remaining devices", "run:runs/teacher"):  # fmt: skip
         assert words in page.text, words
@@ -157,7 +169,7 @@ def test_a_codistillation_shows_everything(runs):
     assert f"maverick {last['maverick/eval/ce']:.3f} and scout {last['scout/eval/ce']:.3f}" in page.text
     assert "Frozen, so without a curve: behemoth" in page.text and "Without an evaluation: behemoth" in page.text
     heat_maps = 2
-    assert page.counts["figure"] == 2 + 2 + 2 + heat_maps + 1 + 2 + 2
+    assert page.counts["figure"] == 2 + 2 + 2 + 2 + heat_maps + 1 + 2 + 2
     for nothing in ("Not recorded", "not recorded", "No "):
         assert nothing not in page.text
 
@@ -207,6 +219,7 @@ def test_what_is_missing_is_said(tmp_path):
     for words in ("No evaluation on held-out documents is recorded.", "No losses are recorded.",
                   "No learner has a teacher.", "No loads of experts are recorded.", "Not recorded: learning rate.",
                   "Not recorded: gradient norm.", "Not recorded: tokens a second.", "No samples were kept.",
+                  "What the batches held was not kept: bare.",
                   "No config.json that could be read: bare.", "No list of artifacts was kept."):  # fmt: skip
         assert words in text, words
     built(small(tmp_path / "empty"))
@@ -232,7 +245,7 @@ def test_losses_that_are_not_finite_are_counted(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[1, null]", '{"learners": {}}', '[{"text": null}]'])
 def test_broken_neighbours_are_left_out(tmp_path, content):
     run = small(tmp_path / "run", {"step": 1, "loss": 2.0, "ce": 2.0})
-    for name in ("config.json", "samples.json", "artifacts.json"):
+    for name in ("config.json", "samples.json", "artifacts.json", "data.json"):
         (run / name).write_text(content)
     built(run)
 
@@ -252,6 +265,14 @@ def test_text_is_escaped(tmp_path):
     page = built(run)
     assert page.counts["b"] == 1  # the prompt's own
     assert page.text.count(evil) == 1 + 2 + 4 and "a<b>&" in page.text
+
+
+def test_text_of_the_data_is_escaped(tmp_path):
+    run = small(tmp_path / "run", {"step": 1, "loss": 2.0})
+    contents(run, "<i>$\\frac$\u202e", "<b>x</b>\x1b[31m\u202e</section>")
+    page = built(run)
+    assert not {"b", "i"} & set(page.counts) and not set(page.text) & set("\x1b\u202e")
+    assert r"<b>x</b>\x1b[31m\u202e</section>" in page.text
 
 
 def test_a_folder_without_records_names_the_nearest(runs):

@@ -19,7 +19,7 @@ import pytest
 from etils import epath
 
 from data.config import DataConfig
-from data.loader import Corpus
+from data.loader import Corpus, documents_read
 from training import fork, loop
 from training.checkpoint import Checkpoints, check_resumable, config_from_json, restore_params, run_record
 from training.config import MeshConfig, RunConfig, Schedule, Stage
@@ -54,7 +54,7 @@ def make_staged(make_run, documents) -> Callable[..., RunConfig]:
     """Rows of 32 tokens on eight devices, after step 4 fewer ones of 64, mostly odd, over a context axis."""
 
     def make(out: str = "run", stages: tuple[Stage, ...] = (LONG,), **changes) -> RunConfig:
-        data = DataConfig(jsonl=str(documents), vocab_size=320, heldout=0.1)
+        data = DataConfig(sources={"text": str(documents)}, vocab_size=320, heldout=0.1)
         return replace(make_run(out, **dict(checkpoint_every=3) | changes), data=data, stages=stages)
 
     return make
@@ -88,7 +88,7 @@ def test_a_plain_run_is_its_only_stage(make_run):
 
 
 def test_a_stage_is_a_plain_run_with_its_own_rows(make_staged):
-    last = Stage(6, jsonl="other.jsonl", microbatches=2, remat="layer")
+    last = Stage(6, sources={"text": "other.jsonl"}, microbatches=2, remat="layer")
     cfg = make_staged(stages=(LONG, last))
     first, long, other = (cfg.at(done) for done in (3, 4, 6))
     assert [cfg.stage_end(done) for done in (0, 3, 4, 5, 6, 7)] == [4, 4, 6, 6, 8, 8]
@@ -97,7 +97,7 @@ def test_a_stage_is_a_plain_run_with_its_own_rows(make_staged):
     assert long.data == replace(cfg.data, weights={"odd": 0.8})
     # What a stage leaves out is as in the run, not as in the stage before it; but the rate goes on.
     assert (other.train.batch, other.train.seq_len, other.mesh.context) == (8, 32, 1)
-    assert other.data == replace(cfg.data, jsonl="other.jsonl", weights={})
+    assert other.data == replace(cfg.data, sources={"text": "other.jsonl"}, weights={})
     scout = other.learners["scout"]
     assert (scout.microbatches, scout.remat) == (2, "layer")
     assert scout.optimizer == long.learners["scout"].optimizer and other.train.steps == long.train.steps == 8
@@ -180,9 +180,8 @@ def documents_of(batches) -> list[tuple[int, int]]:
     return found
 
 
-def test_the_next_stage_reads_on_where_the_one_before_was(corpus, monkeypatch):
+def test_the_next_stage_reads_on_where_the_one_before_was(corpus):
     """Other rows begin behind the documents that were read, so that no document comes twice; the same rows go on."""
-    monkeypatch.setattr("data.loader.POOL_TOKENS", 0)
     short = corpus.train(2, 32, 16, 0)
     before = documents_of(next(short) for _ in range(12))
     place = json.loads(json.dumps(short.get_state()))
@@ -193,7 +192,7 @@ def test_the_next_stage_reads_on_where_the_one_before_was(corpus, monkeypatch):
     np.testing.assert_array_equal(next(same).tokens, following.tokens)
     same.close()
 
-    other = corpus.of(DataConfig(jsonl=corpus._cfg.jsonl, vocab_size=320, heldout=0.1, weights={"odd": 0.9}))
+    other = corpus.of(DataConfig(sources=corpus._cfg.sources, vocab_size=320, heldout=0.1, weights={"odd": 0.9}))
     with pytest.raises(ValueError, match="another data stream: seq_len, shares changed"):
         other.train(2, 64, 16, 0, 0, 1, place)
     long = other.train(2, 64, 16, 0, 0, 1, place, True)
@@ -208,8 +207,9 @@ def test_the_next_stage_reads_on_where_the_one_before_was(corpus, monkeypatch):
     again = other.train(2, 64, 16, 0, 0, 1, middle)  # ended within the stage
     for ours, theirs in zip(next(again), after, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    counts = middle["read"][corpus.hash]
-    assert counts["even"] >= place["read"][corpus.hash]["even"] and counts["odd"] > place["read"][corpus.hash]["odd"]
+    (before_even, even), (before_odd, odd) = documents_read(middle)[corpus.hash].values()
+    assert [before_even, before_odd] == [one for (one,) in documents_read(place)[corpus.hash].values()]
+    assert sum(odd) > 4 * sum(even), "of mostly odd ones"
     again.close()
 
 
@@ -218,7 +218,7 @@ def test_other_documents_begin_at_their_beginning_and_the_first_ones_are_remembe
     file.write_text(
         "\n".join(json.dumps(dict(text=f"other text number {n} of the run", domain="new")) for n in range(99))
     )
-    more = corpus.of(replace(corpus._cfg, jsonl=str(file)), quiet)
+    more = corpus.of(replace(corpus._cfg, sources={"text": str(file)}), quiet)
     assert more.domains == ("new",) and more.tokenizer is corpus.tokenizer and corpus.of(corpus._cfg) is corpus
     stream = corpus.train(2, 32, 16, 0)
     next(stream)
@@ -228,9 +228,10 @@ def test_other_documents_begin_at_their_beginning_and_the_first_ones_are_remembe
     next(stream)
     second = stream.get_state()
     stream.close()
-    assert second["read"][corpus.hash] == first["read"][corpus.hash] and second["read"][more.hash]["new"] > 0
+    first_read, second_read = documents_read(first), documents_read(second)
+    assert second_read[corpus.hash] == first_read[corpus.hash] and sum(second_read[more.hash]["new"][0]) > 0
     back = corpus.train(2, 64, 16, 0, 0, 1, second, True)
-    assert back.get_state()["read"] == second["read"]
+    assert back.get_state()["stream"]["behind"] == second_read
     back.close()
 
 
@@ -241,7 +242,7 @@ def test_other_documents_begin_at_their_beginning_and_the_first_ones_are_remembe
 def whole(tmp_path_factory, run_config, documents, corpus) -> tuple[RunConfig, list[str]]:
     """An unbroken run of eight steps in two stages, and its lines."""
     out = tmp_path_factory.mktemp("staged") / "run"
-    data = DataConfig(jsonl=str(documents), vocab_size=320, heldout=0.1)
+    data = DataConfig(sources={"text": str(documents)}, vocab_size=320, heldout=0.1)
     cfg, lines = replace(run_config(out, checkpoint_every=3), data=data, stages=(LONG,)), []
     train(replace(cfg, train=replace(cfg.train, checkpoint_keep=9)), corpus, lines.append)
     return cfg, lines
@@ -299,7 +300,7 @@ def test_a_stage_for_other_devices_is_said_first_and_reached(make_staged, corpus
     [
         (replace(LONG, batch=3), r"after step 4: train.batch \(3\) must be a multiple of"),
         (replace(LONG, weights={"od": 1.0}), r"after step 4: data.weights names no domain with 'od'"),
-        (replace(LONG, jsonl="nowhere", weights={}), r"nothing at nowhere"),
+        (replace(LONG, sources={"text": "nowhere"}, weights={}), r"nothing at nowhere"),
     ],
 )
 def test_what_would_fail_later_fails_at_once(make_staged, corpus, stage, message):

@@ -144,7 +144,11 @@ def test_two_programs_and_the_death_of_one(taught, documents: Path, tmp_path: Pa
     llama4 = [sys.executable, "-m", "launch.cli"]
     for folder, of in (("teacher", cfg), ("student", of_student(cfg, f"targets:{store}", tmp_path / "student"))):
         data = replace(
-            of.data, jsonl=str(documents), vocab_size=320, heldout=0.1, tokenizer=str(store.parent / "teacher")
+            of.data,
+            sources={"text": str(documents)},
+            vocab_size=320,
+            heldout=0.1,
+            tokenizer=str(store.parent / "teacher"),
         )
         long = replace(of.train, steps=60, checkpoint_every=20, eval_every=30, log_every=1)
         write_config(epath.Path(tmp_path / folder), replace(of, data=data, train=long, out=""))

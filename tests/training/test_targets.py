@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.batch import Batch, stack
-from data.packing import Document, Packer, build_row
+from data.batch import Batch, padding
+from data.packing import Document, build_batch, cut, pack
 from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 from training import target_record, targets
 from training.target_record import Form
@@ -116,11 +116,11 @@ def documents(rng: np.random.Generator, count: int = 40) -> list[Document]:
 
 
 def packed(texts: list[Document], seq_len: int, rows: int) -> list[Batch]:
-    packer, by_key = Packer(seq_len, CHUNK), dict(enumerate(texts))
-    closed = [row for key, text in by_key.items() for row in packer.add(key, len(text.tokens))] + packer.flush()
-    built = [build_row(row, by_key, seq_len, 0) for row in closed]
-    built += [build_row([], {}, seq_len, 0)] * (-len(built) % rows)
-    return [stack(built[i : i + rows]) for i in range(0, len(built), rows)]
+    by_key = {(0, n): text for n, text in enumerate(texts)}
+    spans = [span for key, text in by_key.items() for span in cut(key, len(text.tokens), seq_len)]
+    built = [(row, by_key) for row in pack(spans, seq_len, CHUNK)]
+    built += [([], {})] * (-len(built) % rows)
+    return [build_batch(built[i : i + rows], seq_len, 0) for i in range(0, len(built), rows)]
 
 
 def of_content(batch: Batch, form: Form) -> SparseTargets:
@@ -192,7 +192,7 @@ def test_a_piece_is_its_tokens_its_place_and_its_last_label():
     changed = a.labels.copy()
     changed[0, last] += 1  # which does not count: the document ends there
     assert pieces(a._replace(labels=changed, domain=a.domain + 1)).keys == key
-    empty = packed([], 256, 1) or [stack([build_row([], {}, 256, 0)])]
+    empty = packed([], 256, 1) or [padding(1, 256, 0)]
     assert pieces(empty[0]).keys == []
 
 

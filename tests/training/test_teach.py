@@ -48,7 +48,7 @@ def test_two_processes_write_what_one_writes(
     context: int, tmp_path: Path, documents: Path, corpus: Corpus, run_config: Callable[..., RunConfig]
 ):
     """Context 2: a row within a process; 8: over both, of which the first one writes."""
-    data = replace(run_config(tmp_path).data, jsonl=str(documents), vocab_size=320, heldout=0.1)
+    data = replace(run_config(tmp_path).data, sources={"text": str(documents)}, vocab_size=320, heldout=0.1)
     cfg = replace(run_config(tmp_path / "teacher", seq_len=128), data=data)
     with Checkpoints(cfg.folder, keep=1) as checkpoints:
         checkpoints.save(2, create_state(cfg, make_mesh(cfg.mesh)), {}, run_record(cfg, corpus.tokenizer.hash))

@@ -1,0 +1,181 @@
+"""ArrayRecord shards of JSON records, read at random, with the indexes and the manifest that `data convert` leaves.
+
+    NAME.array_record   a record is the UTF-8 JSON of {"text": ..., "domain": ..., ...}
+    NAME.index.npz      hash uint64 [N], size int64 [N], domain int32 [N] into names str; "" is none
+    manifest.json       {"version": 1, "documents": N, "bytes": N, "shards": [{"file": ...,
+                        "documents": N, "bytes": N, "hash": ...}]}
+
+A shard with both is not walked through. Every chunk of a shard carries checksums, which its reader verifies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from data.cache import fingerprint
+from data.formats import Files, files_of, json_object
+from data.index import Item, one_line
+
+MANIFEST = "manifest.json"
+OPEN_SHARDS = 256
+BATCH = 256  # records read at once on a pass
+_ERRORS = (RuntimeError, ValueError, IndexError, OSError, MemoryError)  # what the native reader raises
+
+
+def array_record(place: str, cache: epath.Path) -> ArrayRecords:
+    """An .array_record file, or every one in a folder."""
+    return ArrayRecords(files_of(place, "array_record"), cache)
+
+
+class ArrayRecords(Files):
+    """Records of ArrayRecord shards, a record's place being its number.
+
+    The native reader opens local files only, so a remote shard is copied into the cache first. It has threads of its
+    own: a process that was forked after the first read cannot read.
+    """
+
+    def __init__(self, files: Sequence[epath.Path], cache: epath.Path):
+        super().__init__(files)
+        self._cache = cache
+        self._lock = Lock()
+        self._listed: dict[epath.Path, dict[str, Any]] = {}
+        for file in files:
+            if file.parent not in self._listed:
+                self._listed[file.parent] = _manifest(file.parent)
+        self._reader = lru_cache(OPEN_SHARDS)(self._open)
+
+    def known(self, shard: int, log: Callable[[str], object]) -> Mapping[str, np.ndarray] | None:
+        file = self.files[shard]
+        listed = self._listed[file.parent].get(file.name)
+        beside = file.with_suffix(".index.npz")
+        if listed is None or not beside.exists():
+            return None
+        try:
+            index = _load(beside, listed["documents"])
+            found = len(index["hash"]) if _remote(file) else self._reader(shard).num_records()
+            if found != len(index["hash"]):
+                raise ValueError(f"{len(index['hash']):,} documents where the shard has {found:,}")
+        except (*_ERRORS, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+            log(f"data: {beside} is of no use ({one_line(error)}): reading the records of the shard")
+            return None
+        return index
+
+    def scan(self, shard: int) -> Iterator[Item]:
+        file = self.files[shard]
+        listed = self._listed[file.parent].get(file.name, {}).get("documents", 0)
+        try:
+            reader = self._reader(shard)
+        except _ERRORS as error:
+            yield Item(0, 0, 0, {}, f"cannot be opened ({one_line(error)})", listed)
+            return
+        records = reader.num_records()
+        for begin in range(0, records, BATCH):
+            places = list(range(begin, min(begin + BATCH, records)))
+            try:
+                found: Sequence[bytes | Exception] = reader.read(places)
+            except _ERRORS:  # of a batch with damage every record by itself
+                found = [_one(reader, place) for place in places]
+            for place, raw in zip(places, found, strict=True):
+                yield _item(place, raw)
+        if listed > records:
+            yield Item(0, 0, 0, {}, f"{records:,} records where {MANIFEST} has {listed:,}", listed - records)
+
+    def read(self, shard: int, start: int, length: int) -> Mapping[str, Any]:
+        raw = _one(self._reader(shard), start)
+        if isinstance(raw, Exception):
+            raise ValueError(f"damaged ({one_line(raw)})") from raw
+        return json_object(raw)
+
+    def _open(self, shard: int) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        path = str(self._local(shard))
+        # No read-ahead: made for random access, and such a reader may be shared by threads.
+        reader = ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=1 << 15)
+        if not reader.ok():
+            reader.close()  # raises what is wrong
+            raise ValueError("damaged")
+        return reader
+
+    def _local(self, shard: int) -> Path:
+        """The shard as a local file, copied once."""
+        file = self.files[shard]
+        if not _remote(file):
+            return Path(file)
+        if _remote(self._cache):
+            raise ValueError(f"{file} has to be copied, and the cache {self._cache} is no local folder")
+        stat = self.stats[shard]
+        folder = Path(self._cache) / "shards"
+        copy = folder / f"{fingerprint([file, stat.length, stat.mtime])}-{file.name}"
+        with self._lock:
+            if not copy.exists() or copy.stat().st_size != stat.length:
+                folder.mkdir(parents=True, exist_ok=True)
+                handle, partial = tempfile.mkstemp(dir=folder)
+                with os.fdopen(handle, "wb") as to, file.open("rb") as source:
+                    shutil.copyfileobj(source, to, 1 << 20)
+                os.replace(partial, copy)  # the cache is local
+        return copy
+
+
+def _remote(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def _one(reader: Any, place: int) -> bytes | Exception:
+    try:
+        (raw,) = reader.read([place])
+        return raw
+    except _ERRORS as error:
+        return error
+
+
+def _item(place: int, raw: bytes | Exception) -> Item:
+    if isinstance(raw, Exception):
+        return Item(place + 1, place, 1, {}, f"damaged ({one_line(raw)})")
+    try:
+        return Item(place + 1, place, 1, json_object(raw))
+    except ValueError as error:
+        return Item(place + 1, place, 1, {}, str(error))
+
+
+def _manifest(folder: epath.Path) -> dict[str, Any]:
+    """The manifest's shards by file name; empty where there is none."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        listed = json.loads(path.read_bytes())
+        shards = {shard["file"]: shard for shard in listed["shards"]} if listed["version"] == 1 else None
+        if shards is None or not all(isinstance(shard["documents"], int) for shard in shards.values()):
+            raise ValueError("expected version 1, with a number of documents for every shard")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no manifest of shards: {one_line(error)}") from error
+    gone = [name for name in shards if not (folder / name).exists()]
+    if gone:
+        raise FileNotFoundError(f"{path} lists {len(gone)} shard(s) that are not there, the first {gone[0]}")
+    return shards
+
+
+def _load(path: epath.Path, documents: int) -> dict[str, np.ndarray]:
+    with path.open("rb") as file, np.load(file) as arrays:
+        index = {name: arrays[name] for name in ("hash", "size", "domain", "names")}
+    lengths = {len(index[name]) for name in ("hash", "size", "domain")} | {documents}
+    if len(lengths) != 1:
+        raise ValueError(f"arrays of {sorted(lengths)} documents")
+    domain = index["domain"]
+    if len(domain) and (domain.min() < 0 or domain.max() >= len(index["names"])):
+        raise ValueError("a domain without a name")
+    return index

@@ -1,0 +1,62 @@
+"""What a run's first batches hold, kept in its folder for the report: counted as they pass through."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from typing import Any
+
+from etils import epath
+
+from data.batch import Batch
+from data.contents import Counts, Piece, pieces
+from data.loader import Corpus
+from training.target_sources import Batches
+
+FILE = "data.json"
+ENOUGH_TOKENS = 2**18  # a single batch of a large run
+SAMPLES, SAMPLE_CHARACTERS = 8, 500
+
+
+class FirstBatches:
+    """A stream of batches that writes `FILE` into the run's folder once it has seen enough of them, or is closed.
+
+    `data.contents.Counts.facts`, the first step counted, and samples: the first pieces, their texts cut. In a run of
+    several processes these are of the rows of the one that counts.
+    """
+
+    def __init__(self, stream: Batches, corpus: Corpus, folder: epath.Path, start: int):
+        self._stream, self._corpus, self._file, self._step = stream, corpus, folder / FILE, start + 1
+        self._counts: Counts | None = Counts(corpus.domains, corpus.shares)
+        self._samples: list[dict[str, Any]] = []
+
+    def __next__(self) -> Batch:
+        batch = next(self._stream)
+        if self._counts:
+            if not self._samples:
+                first = islice(pieces(batch, self._corpus.tokenizer, self._corpus.domains), SAMPLES)
+                self._samples = [_cut(piece) for piece in first]
+            self._counts.add(batch)
+            if self._counts.tokens.sum() >= ENOUGH_TOKENS:
+                self._write()
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return self._stream.get_state()
+
+    def close(self) -> None:
+        self._write()
+        self._stream.close()
+
+    def _write(self) -> None:
+        if self._counts and self._counts.batches:
+            facts = dict(step=self._step, **self._counts.facts(), samples=self._samples)
+            self._file.write_text(json.dumps(facts, indent=1) + "\n")
+        self._counts = None
+
+
+def _cut(piece: Piece) -> dict[str, Any]:
+    spans, left = [], SAMPLE_CHARACTERS
+    for text, counted in piece.spans:
+        spans, left = [*spans, [text[:left], counted]] if left else spans, max(0, left - len(text))
+    return piece._asdict() | dict(text=piece.text[:SAMPLE_CHARACTERS], spans=spans, cut=not left)
