@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from etils import epath
@@ -32,7 +34,9 @@ RATES = ("labels", "labels_slow", "labels_fast")
 DOCS = epath.Path("docs/experiments.md")
 BEGIN, END = "<!-- the experiment's results; tools/experiment.py writes them -->", "<!-- end of the results -->"
 CORRUPTED = "code"
-CORRUPTING_STEPS = 100
+WRONG_WORDS = [f"{a}{b}" for a in ("data", "name", "path", "line", "node", "test", "file", "type", "text", "list")
+               for b in ("", "s", "ed", "er", "ing", "_of", "_in", "_to", "_id", "_by")]  # fmt: skip
+CORRUPTING_STEPS = 200
 
 Results = dict[str, dict[str, list[float]]]
 """Held-out CE in nats by arm, and by "" for all tokens or the domain's name: of each seed."""
@@ -93,7 +97,11 @@ def shuffle(folder: epath.Path) -> None:
 
 
 def corrupt(folder: epath.Path) -> dict[str, float]:
-    """The teacher after some steps on documents of which one domain's are written backwards."""
+    """The teacher after some steps on documents of which one domain's have a wrong word behind every word.
+
+    So it is sure of what never follows. (Code written backwards, for 100 steps, hurt nobody: as tokens it is another
+    text, and the teacher still knew code when it read some.)
+    """
     from data.loader import Corpus
 
     source, cfg = folder / "corrupted-data", configs.find("pretrain:tiny_behemoth_long")
@@ -102,7 +110,7 @@ def corrupt(folder: epath.Path) -> dict[str, float]:
         lines = []
         for of in corpus.sources:
             for i in range(len(of)):
-                text = of[i][::-1] if of.name == CORRUPTED else of[i]
+                text = garbled(of[i]) if of.name == CORRUPTED else of[i]
                 lines.append(json.dumps({"text": text, "domain": of.name}))
         source.mkdir(parents=True)
         (source / "documents.jsonl").write_text("\n".join(lines) + "\n")
@@ -113,6 +121,11 @@ def corrupt(folder: epath.Path) -> dict[str, float]:
     data = replace(cfg.data, sources={"text": str(source)}, tokenizer=str(folder / "teacher" / "tokenizer.model"))
     train = replace(cfg.train, steps=CORRUPTING_STEPS, eval_every=CORRUPTING_STEPS, checkpoint_every=CORRUPTING_STEPS)
     return finish(replace(cfg, learners={"behemoth": learner}, data=data, train=train, out=str(folder / "corrupted")))
+
+
+def garbled(text: str) -> str:
+    """Behind every word one of a hundred, always the same one behind the same word."""
+    return re.sub(r"\w+", lambda word: f"{word[0]} {WRONG_WORDS[crc32(word[0].encode()) % len(WRONG_WORDS)]}", text)
 
 
 def record_targets(folder: epath.Path, seed: int) -> None:
@@ -219,6 +232,8 @@ def verdicts(made: Mapping[str, Any]) -> list[str]:
         line("Control: a teacher corrupted on code hurts there", "scout-corrupted", base, "above", "code"),
         line("The gate protects from it on code", "scout-corrupted_competence", "scout-corrupted", "below", "code"),
         line("The gate beats a constant weight with a sound teacher", "scout-competence", "scout-constant", "below"),
+        line("Gradient-norm balancing beats a constant weight", "scout-gradient_norm", "scout-constant", "below"),
+        line("Recorded stratified targets cost something, above 0", "scout-stratified", "scout-constant", "above"),
         line("The gate beats a constant weight with a teacher as young as the student", "scout-young_competence",
              "scout-young", "below"),
     ]  # fmt: skip
