@@ -173,7 +173,7 @@ def test_two_programs_and_the_death_of_one(taught, documents: Path, tmp_path: Pa
         if line.startswith("step 10/"):
             break
     first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.communicate()  # closes its pipe, too
     second, again = serve(port)
     rest = run.communicate(timeout=500)[0]
     assert again == port and run.returncode == 0 and "lost the teacher at" in rest, rest
