@@ -99,8 +99,7 @@ def shuffle(folder: epath.Path) -> None:
 def corrupt(folder: epath.Path) -> dict[str, float]:
     """The teacher after some steps on documents of which one domain's have a wrong word behind every word.
 
-    So it is sure of what never follows. (Code written backwards, for 100 steps, hurt nobody: as tokens it is another
-    text, and the teacher still knew code when it read some.)
+    Meant to be sure of what never follows. It is not (docs/experiments.md): it tells such text from real code.
     """
     from data.loader import Corpus
 
