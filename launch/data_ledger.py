@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def count(corpus: Corpus, place: dict[str, Any]) -> dict[str, Any]:
-    """By domain: documents read (those of windows that lanes are at among them), passes, tokens since the stage began.
+    """By domain: documents read (those of windows that lanes are at among them) and passes; tokens of the windows that
+    were finished since the stage began.
 
     ValueError where the documents are not those that the checkpoint's run read last.
     """
@@ -86,7 +87,7 @@ def _print(facts: dict[str, Any]) -> None:
 
     print(f"{facts['run']}, step {facts['step']}: {facts['tokens_seen']:,} labels seen, {facts['lanes']} lanes")
     table = Table("domain", box=box.SIMPLE_HEAD)
-    for column in ("documents read", "of", "passes", "tokens of this stage", "share", "wanted"):
+    for column in ("documents read", "of", "passes", "tokens of finished windows", "their share", "wanted"):
         table.add_column(column, justify="right")
     for name, d in facts["domains"].items():
         counts = (f"{d['documents']:,}", f"{d['of']:,}", f"{d['passes']:.2f}", f"{d['tokens']:,}")
