@@ -3,7 +3,7 @@
 Lane i of L reads the documents i, i + L, i + 2L, ... of every domain's order. It takes them from the domain that is
 furthest behind its share of the *tokens*, packs a window of a few rows at a time, and hands those out one a step. What
 it is about to do follows from a `LaneState` of some numbers: any host can go on with any lane. Lanes of a process share
-one pool of threads (both tokenizers leave the interpreter free while they encode); while a window is handed out the
+one pool of threads (tokenizers leave the interpreter free while they encode); while a window is handed out the
 next one is made.
 """
 
@@ -166,7 +166,8 @@ class Lanes:
         """The domain that lacks most tokens of its share, among those of which more may be read; None: there is none.
 
         Lanes begin at random as if they had read up to a document of each, so that they do not all turn to a rare
-        domain at once. A lane is never ahead of a share by more than one document.
+        domain at once. The domain that is taken was not ahead of its share, so afterwards it is by less than that
+        document, those pretended ones left aside.
         """
         open_ = [d for d, domain in enumerate(self._domains)
                  if domain.share and lane + self._count * read[d] < domain.documents

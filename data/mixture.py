@@ -50,13 +50,13 @@ def tokens_per_document(source: Source, indices: np.ndarray, tokenizer: Tokenize
     """Mean tokens of a document, bos and eos included, from the exact mean of its bytes and a sample's tokens a byte.
 
     The sample, `sample` bytes or the whole domain if that is less, is taken in the order of the content hashes, so it
-    does not depend on the documents' order. Both tokenizers leave the interpreter free while they encode.
+    does not depend on the documents' order. Tokenizers leave the interpreter free while they encode.
     """
     order = indices[np.argsort(source.hashes[indices], kind="stable")]
     before = np.cumsum(source.sizes[order]) - source.sizes[order]
     order = order[before < sample]
     with ThreadPoolExecutor() as pool:
-        tokens = sum(pool.map(lambda index: len(tokenizer.encode(source[index])), order.tolist()))
+        tokens = sum(pool.map(lambda index: len(tokenizer.ids(source[index])), order.tolist()))
     return 2 + float(source.sizes[indices].mean()) * tokens / max(int(source.sizes[order].sum()), 1)
 
 

@@ -24,7 +24,9 @@ from typing import IO, Any, NamedTuple, NoReturn
 
 from etils import epath
 
-LIMIT = 64 << 20  # bytes of one record: a line, a file of text, a member of a tar
+from data.index import MAX_DOCUMENT, TEXT_FIELDS
+
+LIMIT = MAX_DOCUMENT  # bytes of one record: a line, a file of text, a member of a tar
 BUFFER = 1 << 17
 PARQUET_ROWS = 256  # decoded at once
 FORMATS = {
@@ -32,7 +34,6 @@ FORMATS = {
     ".parquet": "parquet",
     ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.zst": "tar",
 }  # fmt: skip
-TEXT_FIELDS = ("text", "content")
 
 Load = Callable[[], dict[str, Any]]
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode

@@ -27,7 +27,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from etils import epath
 
-from data.records import FORMATS, TEXT_FIELDS, BadRecord, Document, InputError, Piece, document, records
+from data.index import TEXT_FIELDS
+from data.records import FORMATS, BadRecord, Document, InputError, Piece, document, records
 from data.sources import content_hash
 
 WRITER = "group_size:1,zstd:3"

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from training import fork
     from training.checkpoint import Checkpoints, config_from_json
 
-    folder, step = fork.parts(fork.find(args.run))
+    folder, step = fork.parts(fork.find(args.run, option="data ledger"))
     with Checkpoints(folder) as checkpoints:
         place, record = checkpoints.place(step), checkpoints.record(step)
     cfg = config_from_json(record["config"]).at(step)

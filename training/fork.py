@@ -21,22 +21,23 @@ from training.config import RunConfig
 from training.state import init_state
 
 
-def find(source: str, into: str = "") -> str:
+def find(source: str, into: str = "", option: str = "--from") -> str:
     """RUN@STEP of a checkpoint that is there, for a RUN alone its newest; else a line with the nearest that is there.
 
     `into` is the new run's folder: where it has begun from this RUN already, RUN alone means the same step again.
+    `option` is what named the source, for messages.
     """
     run, at, step = source.rpartition("@")
     if not at or epath.Path(source).exists():
         run, step = source, ""
     elif not step.isdecimal():
-        raise ValueError(f"--from takes RUN or RUN@STEP, a step being a whole number, not {source!r}")
+        raise ValueError(f"{option} takes RUN or RUN@STEP, a step being a whole number, not {source!r}")
     begun = epath.Path(into) / "config.json"
     before = json.loads(begun.read_text()).get("fork", "") if into and begun.exists() else ""
     if not step and before.rpartition("@")[0] == run:
         return before
     if not (epath.Path(run) / "checkpoints").exists():
-        raise FileNotFoundError(f"--from {source}: no checkpoints in {run}{_nearest(epath.Path(run))}")
+        raise FileNotFoundError(f"{option} {source}: no checkpoints in {run}{_nearest(epath.Path(run))}")
     with Checkpoints(run) as checkpoints:
         return f"{run}@{checkpoints.find(int(step) if step else None)}"
 

@@ -35,7 +35,7 @@ def failure(line: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("train pretrain:tyni", "no preset 'pretrain:tyni'; the nearest is 'pretrain:tiny'"),
         ("data inspect pretrain:tyni", "no preset 'pretrain:tyni'; the nearest is 'pretrain:tiny'"),
         ("data", "llama4 data"),
-        ("data ledger nowhere", "--from nowhere: no checkpoints in nowhere"),
+        ("data ledger nowhere", "data ledger nowhere: no checkpoints in nowhere"),
         ("train pretrain:tiny --train.stepz 3", "no option or field --train.stepz; the nearest is --train.steps"),
         ("train pretrain:tiny --train.steps many", "--train.steps is a whole number, not 'many'"),
         ("train pretrain:tiny --train.steps 0", "train.steps must be at least 1, not 0"),
