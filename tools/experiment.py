@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 from etils import epath
 
 import configs
 from configs import ablation
-from launch.startup import open_corpus
+from data.batch import Batch
+from data.loader import Corpus, TrainIterator
+from launch.startup import cache_folder, open_corpus
 from training.config import RunConfig
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -34,8 +34,6 @@ RATES = ("labels", "labels_slow", "labels_fast")
 DOCS = epath.Path("docs/experiments.md")
 BEGIN, END = "<!-- the experiment's results; tools/experiment.py writes them -->", "<!-- end of the results -->"
 CORRUPTED = "code"
-WRONG_WORDS = [f"{a}{b}" for a in ("data", "name", "path", "line", "node", "test", "file", "type", "text", "list")
-               for b in ("", "s", "ed", "er", "ing", "_of", "_in", "_to", "_id", "_by")]  # fmt: skip
 CORRUPTING_STEPS = 200
 
 Results = dict[str, dict[str, list[float]]]
@@ -97,34 +95,36 @@ def shuffle(folder: epath.Path) -> None:
 
 
 def corrupt(folder: epath.Path) -> dict[str, float]:
-    """The teacher after some steps on documents of which one domain's have a wrong word behind every word.
-
-    Meant to be sure of what never follows. It is not (docs/experiments.md): it tells such text from real code.
-    """
-    from data.loader import Corpus
-
-    source, cfg = folder / "corrupted-data", configs.find("pretrain:tiny_behemoth_long")
-    if not source.exists():
-        corpus: Corpus = open_corpus(cfg)
-        lines = []
-        for of in corpus.sources:
-            for i in range(len(of)):
-                text = garbled(of[i]) if of.name == CORRUPTED else of[i]
-                lines.append(json.dumps({"text": text, "domain": of.name}))
-        source.mkdir(parents=True)
-        (source / "documents.jsonl").write_text("\n".join(lines) + "\n")
+    """The teacher after some steps in which one domain's documents had other labels: it reads code as before, and is
+    sure of what never follows."""
+    cfg = configs.find("pretrain:tiny_behemoth_long")
     learner = cfg.learners["behemoth"]
     assert learner.optimizer
     optimizer = replace(learner.optimizer, learning_rate=1e-3, warmup=10)
     learner = replace(learner, init=f"run:{folder / 'teacher'}", optimizer=optimizer)
-    data = replace(cfg.data, sources={"text": str(source)}, tokenizer=str(folder / "teacher" / "tokenizer.model"))
+    data = replace(cfg.data, tokenizer=str(folder / "teacher" / "tokenizer.model"))
     train = replace(cfg.train, steps=CORRUPTING_STEPS, eval_every=CORRUPTING_STEPS, checkpoint_every=CORRUPTING_STEPS)
-    return finish(replace(cfg, learners={"behemoth": learner}, data=data, train=train, out=str(folder / "corrupted")))
+    cfg = replace(cfg, learners={"behemoth": learner}, data=data, train=train, out=str(folder / "corrupted"))
+    return finish(cfg, corpus=Mislabelled.open(cfg.data, cache_folder()))
 
 
-def garbled(text: str) -> str:
-    """Behind every word one of a hundred, always the same one behind the same word."""
-    return re.sub(r"\w+", lambda word: f"{word[0]} {WRONG_WORDS[crc32(word[0].encode()) % len(WRONG_WORDS)]}", text)
+class Mislabelled(Corpus):
+    """Training batches in which each label of one domain is another token, always the same for the same one; tokens
+    and held-out rows are as they were."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        return _OtherLabels(super().train(*args, **kwargs), self.domains.index(CORRUPTED), self.tokenizer.vocab_size)
+
+
+class _OtherLabels:
+    def __init__(self, stream: TrainIterator, domain: int, vocabulary: int):
+        self._stream, self._domain = stream, domain
+        self._other = np.random.default_rng(0).permutation(vocabulary).astype(np.int32)
+        self.get_state, self.close = stream.get_state, stream.close
+
+    def __next__(self) -> Batch:
+        rows = next(self._stream)
+        return rows._replace(labels=np.where(rows.domain == self._domain, self._other[rows.labels], rows.labels))
 
 
 def record_targets(folder: epath.Path, seed: int) -> None:
@@ -154,13 +154,13 @@ def longer(arm: str) -> RunConfig:
     return replace(alone, train=train)
 
 
-def finish(cfg: RunConfig, seed: int | None = None) -> dict[str, Any]:
+def finish(cfg: RunConfig, seed: int | None = None, corpus: Corpus | None = None) -> dict[str, Any]:
     """The last record of the run, of that seed, run to its end."""
     from training.loop import train
 
     if seed is not None:
         cfg = replace(cfg, train=replace(cfg.train, seed=seed))
-    summary = train(cfg, open_corpus(cfg))
+    summary = train(cfg, corpus or open_corpus(cfg))
     if not summary["complete"]:
         raise SystemExit(f"stopped in {summary['folder']}; the same command goes on from there")
     return summary["metrics"]
