@@ -22,7 +22,7 @@ VOCABULARY, WIDTH, TEACHER = 202_048, 5_120, 16_384
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32_768, help="of a device")
-    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--chunk", type=int, help="rows at a time; default: what the loss takes by itself")
     parser.add_argument("--devices", type=int, nargs="+", default=[8, 1], help="over which the vocabulary is split")
     args = parser.parse_args()
     from training.ahead import no_device_needed
@@ -34,7 +34,7 @@ def main() -> None:
         print(json.dumps(compiled("naive", tokens, args.chunk, 1)), flush=True)
 
 
-def compiled(how: str, tokens: int, chunk: int, devices: int) -> dict[str, Any]:
+def compiled(how: str, tokens: int, chunk: int | None, devices: int) -> dict[str, Any]:
     """What the program holds on a device of `devices`, each with all `tokens` and its share of the vocabulary."""
     import jax
     import jax.numpy as jnp
@@ -47,6 +47,7 @@ def compiled(how: str, tokens: int, chunk: int, devices: int) -> dict[str, Any]:
     from training.ahead import devices_of
     from training.chips import CHIPS
 
+    chunk = chunk or api.default_chunk(VOCABULARY // devices, live_teacher=True)
     mesh = jax.sharding.Mesh(np.array(devices_of("v5p:2x2x2")[:devices]), ("tensor",))
     rows, columns = P(), P(None, "tensor")
 

@@ -250,3 +250,10 @@ def test_what_cannot_be_is_refused():
             api.vocab_loss(h, w, labels, hard, soft, few, form)
     with pytest.raises(ValueError, match="interpolation"):
         api.vocab_loss(h, w, labels, hard, soft, few, toward=jnp.float32(0.5))
+
+
+def test_a_live_teacher_over_a_wide_vocabulary_takes_fewer_rows_at_a_time():
+    """Half of the rows of labels alone, and no fewer once the vocabulary is split."""
+    whole, split = 202_048, 202_048 // 8
+    assert api.default_chunk(whole, live_teacher=True) * 2 == api.default_chunk(whole, live_teacher=False)
+    assert api.default_chunk(split, live_teacher=True) == api.default_chunk(split, live_teacher=False)

@@ -12,6 +12,9 @@ from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 
 CHUNK = 1024
 """Rows at a time by default: 0.8 GiB of fp32 logits at a vocabulary of 202,048. Fewer would add to dW more often."""
+WIDE = 2**17
+"""Columns of a device from which a live teacher's rows are half as many at a time: both models' logits and what is
+made of them take 1.2 GiB at a vocabulary of 202,048 in place of 2.3 (docs/performance.md)."""
 
 
 def vocab_loss(
@@ -23,7 +26,7 @@ def vocab_loss(
     teacher: Dense | SparseTargets | None = None,
     comparison: Comparison = KL,
     toward: Float[Array, ""] | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     columns: tuple[str, ...] = (),
     rows: tuple[str, ...] = (),
 ) -> tuple[Float[Array, ""], Stats]:
@@ -38,15 +41,15 @@ def vocab_loss(
 
     `columns`: the mesh axes over which the columns of both unembeddings are split, the last fastest (labels stay
     global ids); the loss returned is then this device's share, and the shares sum to it. `rows`: those of them along
-    which devices have rows of their own, all of which meet all columns. `chunk`: a device's rows at a time, times as
-    many as `rows` has devices.
+    which devices have rows of their own, all of which meet all columns. `chunk`: a device's rows at a time
+    (`default_chunk`), times as many as `rows` has devices.
     """
     if (teacher is None) != (soft_R is None):
         raise ValueError("a teacher and soft weights go together")
     if isinstance(teacher, SparseTargets):
         check_sparse(comparison, toward is not None)
     R = h_RD.shape[0]
-    chunk = min(chunk, R)
+    chunk = min(chunk or default_chunk(w_DV.shape[1], isinstance(teacher, Dense)), R)
     unembedding = teacher.unembedding if isinstance(teacher, Dense) else None
     taught = teacher.hidden if isinstance(teacher, Dense) else teacher
     targets = chunked.Targets(labels_R, hard_R, soft_R, taught)
@@ -61,6 +64,11 @@ def vocab_loss(
         h_RD, w_DV, *given, comparison, chunk, chunked.Split(columns, rows)
     )
     return out[0], jax.tree.map(lambda x: jax.lax.stop_gradient(x[:R]), out[1])
+
+
+def default_chunk(columns: int, live_teacher: bool) -> int:
+    """Rows at a time where a device has so many columns."""
+    return CHUNK // 2 if live_teacher and columns >= WIDE else CHUNK
 
 
 def check_sparse(comparison: Comparison, interpolated: bool) -> None:
