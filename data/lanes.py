@@ -263,12 +263,13 @@ def _held(spans: Sequence[Span], much: int, most: int) -> set[Span]:
 
 def _evenly(counts: np.ndarray) -> np.ndarray:
     """An order of rows in which the sums of `counts` [rows, domains] grow evenly: always the row, of those left, after
-    which they are closest (in the sum of squares) to their part of the whole."""
-    mean = counts.mean(0)
-    rest, ahead, order = list(range(len(counts))), np.zeros(counts.shape[1]), []
+    which they are closest (in the sum of distances) to their part of the whole. In whole numbers, the same anywhere."""
+    rows, domains = counts.shape
+    step = counts * rows - counts.sum(0)
+    rest, ahead, order = list(range(rows)), np.zeros(domains, np.int64), []
     while rest:
-        after = ahead + counts[rest] - mean
-        best = int((after**2).sum(1).argmin())
+        after = ahead + step[rest]
+        best = int(np.abs(after).sum(1).argmin())
         order.append(rest.pop(best))
         ahead = after[best]
     return np.array(order, np.int64)
