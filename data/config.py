@@ -15,9 +15,11 @@ class DataConfig:
     weights: dict[str, float] = field(default_factory=dict)
     """Share of the tokens by domain; domains not named share what is left by their size. Empty: by size."""
     repeats: dict[str, float] = field(default_factory=dict)
-    """Most passes over a domain in a run; when they are made the others share what is left. Not named: no bound."""
+    """Most passes over a domain in a run, all its stages together; when they are made the others share what is left.
+    Not named: no bound."""
     caps: dict[str, int] = field(default_factory=dict)
-    """Most tokens of a domain in a stage of a run; then the others share what is left. Not named: no bound."""
+    """Most tokens of a domain in a run, all its stages together; then the others share what is left (a lane reads the
+    document that it is at to its end). Not named: no bound."""
     tokenizer: str = ""
     """A sentencepiece .model, Llama 4's tokenizer.model (tiktoken's format), a Hugging Face tokenizer.json, or a folder
     with one; `llama4`: Llama 4's, from the installed llama-models package; empty: a BPE is trained on the corpus."""

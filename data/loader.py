@@ -25,6 +25,7 @@ from data.packing import Document, Key, Row, build_batch, check_grid, cut, pack
 BPE_SAMPLE = 6_000_000  # bytes of text on which a tokenizer is trained
 THREADS = min(8, os.cpu_count() or 1)  # in which windows of lanes are read, tokenised and packed
 BATCHES_AHEAD = 2
+ORDER = 2  # of what rows hold: raised where a version of this package reads, packs or deals documents otherwise
 
 
 class Corpus:
@@ -139,19 +140,27 @@ class Corpus:
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
         check_grid(seq_len, chunk)
+        if place and place["stream"].get("order") != ORDER:
+            raise ValueError(
+                "the saved place is one of another version of this program, which read documents in another order: "
+                "finish the run with that one, or begin a new run with its weights (--init run:RUN)"
+            )
         identity: dict[str, Any] = dict(
-            corpus=self.hash, tokenizer=self.tokenizer.hash, seed=seed, lanes=batch, seq_len=seq_len,
+            order=ORDER, corpus=self.hash, tokenizer=self.tokenizer.hash, seed=seed, lanes=batch, seq_len=seq_len,
             chunk=min(chunk, seq_len), shares={name: round(share, 9) for name, share in self.shares.items()},
             repeats=self._cfg.repeats, caps=self._cfg.caps, behind=place["stream"]["behind"] if place else {},
+            spent=place["stream"]["spent"] if place else {},
         )  # fmt: skip
         if place and crossing and place["stream"] != identity:
-            identity, place = identity | {"behind": documents_read(place)}, None
+            identity |= {"behind": documents_read(place), "spent": tokens_of_stages(place)}
+            place = None
         rows = batch // process_count
         mine = range(process_index * rows, (process_index + 1) * rows)
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="documents")
 
         def lanes() -> Lanes:
-            domains = [self._domain(d, seed, identity["behind"].get(self.hash, {})) for d in range(len(self.domains))]
+            behind, spent = identity["behind"].get(self.hash, {}), identity["spent"]
+            domains = [self._domain(d, seed, behind, spent) for d in range(len(self.domains))]
             return Lanes(domains, mine, batch, seq_len, chunk, self.tokenizer.pad_id, seed, pool, self.tokens)
 
         iterator = TrainIterator(_Batches(lanes), identity, pool)
@@ -172,14 +181,20 @@ class Corpus:
 
         return at
 
-    def _domain(self, domain: int, seed: int, behind: Mapping[str, Sequence[Sequence[int]]]) -> Domain:
-        """What lanes read of it; `behind` says by domain what the lanes of earlier stages read."""
+    def _domain(
+        self, domain: int, seed: int, behind: Mapping[str, Sequence[Sequence[int]]], spent: Mapping[str, int]
+    ) -> Domain:
+        """What lanes read of it; `behind` says by domain what documents the lanes of earlier stages read, `spent` how
+        many tokens they handed out: passes and tokens are bounded over the whole run."""
         name, taken = self.domains[domain], behind.get(self.domains[domain], ())
-        at = self.training_order(domain, seed, taken)
+        at, sizes = self.training_order(domain, seed, taken), self.sources[domain].sizes
+        mean = self.mean_tokens[name]
+        a_byte = (mean - 2) / float(sizes[self._train[domain]].mean())
         return Domain(
-            name, self.shares[name], lambda place: self._document(domain, *at(place)), self.mean_tokens[name],
+            name, self.shares[name], lambda place: self._document(domain, *at(place)),
+            lambda place: 2 + a_byte * int(sizes[at(place)[0]]), mean,
             self._cfg.repeats.get(name, float("inf")) * len(self._train[domain]) - sum(map(sum, taken)),
-            float(self._cfg.caps.get(name, "inf")),
+            float(self._cfg.caps.get(name, "inf")) - spent.get(name, 0),
         )  # fmt: skip
 
 
@@ -207,6 +222,15 @@ def documents_read(place: Mapping[str, Any]) -> dict[str, dict[str, list[list[in
     here = {name: [*before.get(name, []), [(state.after or state.read)[d] for state in states]]
             for d, name in enumerate(stream["shares"])}  # fmt: skip
     return stream["behind"] | {stream["corpus"]: before | here}
+
+
+def tokens_of_stages(place: Mapping[str, Any]) -> dict[str, int]:
+    """By domain: the tokens in the rows that were handed out in all of a run up to `place`, of whatever corpus."""
+    stream, total = place["stream"], dict(place["stream"]["spent"])
+    for d, name in enumerate(stream["shares"]):
+        here = sum(LaneState.from_json(values).out[d] for values in place["lanes"].values())
+        total[name] = total.get(name, 0) + here
+    return total
 
 
 def ledger(corpus: Corpus, place: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -77,7 +77,7 @@ def pack(spans: Sequence[Span], seq_len: int, chunk: int, first: int = 0) -> lis
 
     A span takes the cells of C tokens that it needs, one after another, and those of at most a cell share what is left
     of any: they go, the longest first, where the least space stays over. Then such runs of cells go to rows, the
-    longest first again, and among single cells the fullest.
+    longest first again, and among single cells the fullest (in steps of 1/64), those of many spans first.
     """
     check_grid(seq_len, chunk)
     cell = min(chunk, seq_len)
@@ -106,7 +106,9 @@ def pack(spans: Sequence[Span], seq_len: int, chunk: int, first: int = 0) -> lis
     used: list[int] = []  # cells of each row
     room = []  # (cells, row), sorted
     cells = [-(-(run[0].stop - run[0].start) // cell) for run in runs]
-    for run in sorted(range(len(runs)), key=lambda run: (late[run], -cells[run], free[run])):
+    for run in sorted(
+        range(len(runs)), key=lambda run: (late[run], -cells[run], free[run] * 64 // cell, -len(runs[run]))
+    ):
         fit = bisect_left(room, (cells[run], -1))
         if fit < len(room):
             left, row = room.pop(fit)
@@ -119,6 +121,48 @@ def pack(spans: Sequence[Span], seq_len: int, chunk: int, first: int = 0) -> lis
         if left > cells[run]:
             insort(room, (left - cells[run], row))
     return rows
+
+
+def deal(rows: Sequence[list[Piece]], seq_len: int, chunk: int, domains: int) -> list[list[Piece]]:
+    """The same runs of cells, dealt anew to as many rows so that the rows have as much of each domain, about.
+
+    `pack` puts the longest documents together, and so those of a domain. Here a run, the longest first, goes to the row
+    that has least of what it is of: of all rows with room that after which the sum of squares of tokens, by row and
+    domain, is least. Where one finds no room, only runs of a single cell are dealt. Rows of one cell stay.
+    """
+    cell = min(chunk, seq_len)
+    if cell == seq_len:
+        return list(rows)
+    runs: list[list[Piece]] = []
+    was: list[int] = []  # the row of each run
+    for n, row in enumerate(rows):
+        end = 0
+        for piece in sorted(row, key=lambda piece: piece.at):
+            if piece.at >= end:
+                start, end = piece.at, piece.at - (piece.start - piece.stop) // cell * cell
+                runs.append([])
+                was.append(n)
+            runs[-1].append(piece._replace(at=piece.at - start))
+    cells = [-((run[0].start - run[0].stop) // cell) for run in runs]
+    tokens = np.zeros((len(runs), domains))
+    for run, pieces in enumerate(runs):
+        for piece in pieces:
+            tokens[run, piece.key[0]] += piece.stop - piece.start
+    order = sorted(range(len(runs)), key=lambda run: -cells[run])
+    for fixed in (seq_len, 1):  # longer runs stay where they were
+        dealt: list[list[Piece]] = [[] for _ in rows]
+        used, held = np.zeros(len(rows), int), np.zeros((len(rows), domains))
+        for run in order:
+            room = used + cells[run] <= seq_len // cell
+            if not room.any():
+                break
+            row = was[run] if cells[run] > fixed else int(np.where(room, held @ tokens[run], np.inf).argmin())
+            dealt[row] += [piece._replace(at=piece.at + int(used[row]) * cell) for piece in runs[run]]
+            used[row] += cells[run]
+            held[row] += tokens[run]
+        else:
+            return dealt
+    raise AssertionError("single cells always find room")
 
 
 def build_batch(rows: Sequence[Row], seq_len: int, pad_id: int) -> Batch:

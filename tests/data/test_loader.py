@@ -14,7 +14,7 @@ import pytest
 from data.batch import FIELDS, Batch
 from data.config import DataConfig
 from data.lanes import DataEnds
-from data.loader import Corpus, documents_read, ledger, merged
+from data.loader import Corpus, documents_read, ledger, merged, tokens_of_stages
 
 GRID = dict(seq_len=64, chunk=16)
 
@@ -194,6 +194,52 @@ def test_what_a_run_may_read_of_a_domain_is_bounded(cfg, corpus, tmp_path):
     assert not (real[-1] == 0).any()
     with pytest.raises(ValueError, match=r"data\.caps names no domain with 'lon'; the nearest is 'long'"):
         corpus.of(replace(cfg, caps={"lon": 2000}))
+
+
+@pytest.mark.parametrize("field", ["caps", "repeats"])
+def test_bounds_count_over_all_stages_of_a_run(cfg, corpus, field):
+    """A domain that a first stage used up is read no more in the second, of other rows and shares."""
+    bound = {"caps": {"long": 3000}, "repeats": {"long": 1.0}}[field]
+    first, second = (corpus.of(replace(cfg, weights=w, **{field: bound})) for w in ({"long": 0.9}, {"long": 0.8}))
+    stream = first.train(4, **GRID, seed=0)
+    tokens = 0
+    for _ in range(200):
+        batch = next(stream)
+        tokens += (here := int((batch.domain[batch.segment_ids > 0] == 0).sum()))
+        if tokens > 2000 and not here:
+            break
+    place = json.loads(json.dumps(stream.get_state()))
+    stream.close()
+    assert tokens_of_stages(place)["long"] == tokens
+    (read,) = documents_read(place)[corpus.hash]["long"]
+    left = {"caps": 3000 - tokens <= 0, "repeats": len(corpus._train[0]) - sum(read) < 4}[field]
+    assert left, "the stage ends where no lane may read more"
+    stream = second.train(2, 128, 16, 0, 0, 1, place, True)
+    batches = [next(stream) for _ in range(8)]
+    after = json.loads(json.dumps(stream.get_state()))
+    stream.close()
+    more = sum(int((b.domain[b.segment_ids > 0] == 0).sum()) for b in batches)
+    assert tokens_of_stages(after) == {
+        "long": tokens + more,
+        "short": tokens_of_stages(place)["short"] + sum(int((b.domain[b.segment_ids > 0] == 1).sum()) for b in batches),
+    }
+    if field == "caps":
+        assert not more
+    else:
+        taken = sum(sum(stage) for stage in documents_read(after)[corpus.hash]["long"])
+        assert taken <= len(corpus._train[0]) and all(
+            b.first_visit[(b.domain == 0) & (b.segment_ids > 0)].all() for b in batches
+        )
+
+
+def test_a_place_of_an_older_order_is_refused(corpus):
+    stream = corpus.train(2, **GRID, seed=1)
+    next(stream)
+    place = stream.get_state()
+    stream.close()
+    del place["stream"]["order"]
+    with pytest.raises(ValueError, match="another version of this program, which read documents in another order"):
+        corpus.train(2, **GRID, seed=1, place=place, crossing=True)
 
 
 def test_heldout_rows_are_fixed_show_every_domain_and_never_train(corpus):

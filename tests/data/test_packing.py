@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batch import DTYPES, FIELDS
-from data.packing import Document, Key, Span, build_batch, cut, pack
+from data.packing import Document, Key, Piece, Span, build_batch, cut, deal, pack
 
 GRIDS = [(64, 16), (64, 64), (48, 64), (96, 8), (32, 32), (16, 1000)]
 PAD = 999
@@ -83,6 +83,11 @@ def test_pack_loses_nothing_overlaps_nothing_and_stays_on_the_grid(lengths, cell
     seq_len = cells * cell
     spans = [span for n, length in enumerate(lengths) for span in cut((0, n), length, seq_len)]
     rows = pack(spans, seq_len, cell, first)
+    check(rows, spans, seq_len, cell)
+    check(deal(rows, seq_len, cell, 1), spans, seq_len, cell)
+
+
+def check(rows: list[list[Piece]], spans: list[Span], seq_len: int, cell: int) -> None:
     pieces = [piece for row in rows for piece in row]
     assert sorted(Span(*piece[:3]) for piece in pieces) == sorted(spans), "each span once, whole"
     taken = [np.zeros(seq_len, int) for _ in rows]
@@ -95,21 +100,43 @@ def test_pack_loses_nothing_overlaps_nothing_and_stays_on_the_grid(lengths, cell
     assert all(rows), "no row is empty"
 
 
+def test_dealt_rows_hold_as_much_of_each_domain():
+    """Three domains whose documents differ in length tenfold; packed alone, rows are of one or two of them."""
+    rng = np.random.default_rng(0)
+    spans = [span for d, mean in enumerate((20, 60, 250)) for n in range(6000 // mean)
+             for span in cut((d, n), int(mean * rng.uniform(0.5, 1.5)), 2048)]  # fmt: skip
+
+    def spread(rows: list[list[Piece]]) -> float:
+        """The largest difference of a domain's share between two rows."""
+        tokens = np.zeros((len(rows), 3))
+        for row, pieces in enumerate(rows):
+            for piece in pieces:
+                tokens[row, piece.key[0]] += piece.stop - piece.start
+        return float(np.ptp(tokens / tokens.sum(1, keepdims=True), 0).max())
+
+    rows = pack(spans, 2048, 64)
+    full = [row for row in rows if sum(piece.stop - piece.start for piece in row) > 1900]
+    assert len(full) >= 6
+    dealt = deal(full, 2048, 64, 3)
+    check(dealt, [Span(*piece[:3]) for row in full for piece in row], 2048, 64)
+    assert spread(full) > 0.5 and spread(dealt) < 0.1
+
+
 def test_golden_rows():
-    """Two cells of four: the longest first, into the first row; then what fits into the tails that are left."""
+    """Two cells of four: the longest first, then what fits into the tails that are left; rows of more pieces first."""
     tokens = [[1, 10, 11, 12, 13, 2], [1, 2], [1, 20, 2], [1, 30, 31, 32, 33, 34, 35, 36, 37, 2]]
     documents = {(n % 2, n): Document(np.array(t, np.int32), n % 2, n, n < 2) for n, t in enumerate(tokens)}
     rows = [row_of(row, documents, 8, 0) for row in pack(spans_of(documents, 8), 8, 4)]
     expected = [
         dict(
-            tokens=[1, 30, 31, 32, 33, 34, 35, 36], labels=[30, 31, 32, 33, 34, 35, 36, 37], segment_ids=[1] * 8,
-            positions=range(8), loss_mask=[1] * 8, domain=[1] * 8, first_visit=[0] * 8, document_id=[3] * 8,
-        ),
-        dict(
             tokens=[1, 10, 11, 12, 13, 2, 1, 2], labels=[10, 11, 12, 13, 2, 0, 2, 0],
             segment_ids=[1, 1, 1, 1, 1, 1, 2, 2], positions=[0, 1, 2, 3, 4, 5, 0, 1],
             loss_mask=[1, 1, 1, 1, 1, 0, 1, 0],
             domain=[0, 0, 0, 0, 0, 0, 1, 1], first_visit=[1] * 8, document_id=[0, 0, 0, 0, 0, 0, 1, 1],
+        ),
+        dict(
+            tokens=[1, 30, 31, 32, 33, 34, 35, 36], labels=[30, 31, 32, 33, 34, 35, 36, 37], segment_ids=[1] * 8,
+            positions=range(8), loss_mask=[1] * 8, domain=[1] * 8, first_visit=[0] * 8, document_id=[3] * 8,
         ),
         dict(
             tokens=[1, 20, 2, 0, 37, 2, 0, 0], labels=[20, 2, 0, 0, 2, 0, 0, 0], segment_ids=[1, 1, 1, 0, 2, 2, 0, 0],
