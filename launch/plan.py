@@ -228,7 +228,8 @@ def _compiled_collectives(plan: dict[str, Any]) -> list[str]:
     if not (rows := plan["compiled"]["collectives"][:10]):
         return ["as compiled: the compiler wrote none down"]
     note = "" if plan["topology"].startswith("h100") else "; a TPU's may write gathers and scatters as all_reduce"
-    return [f"as compiled, if each is sent as it is written{note}", *_collectives(rows)]
+    head = "as compiled, if each is sent as it is written, and every layer is of the kind that sends most"
+    return [f"{head}{note}", *_collectives(rows)]
 
 
 # --- Where a teacher may stand

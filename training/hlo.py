@@ -107,7 +107,7 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
         elif found := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*)$", line):
             kind, type_ = _operation(found[1])
             plain = KINDS.get(kind.removesuffix("-start"))
-            if plain or "=%" in line or kind in ("compare", "constant"):
+            if plain or "=%" in line or "={%" in line or kind in ("compare", "constant"):
                 current.append(_Instruction(plain or kind, line, type_))
     return parts, entry
 

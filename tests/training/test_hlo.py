@@ -51,6 +51,7 @@ TEXT = """HloModule jit_step
 ENTRY %main (x: f32[2,4]) -> f32[8,4] {
   %loop = (s32[], f32[8,4]) while(%t), condition=%cond, body=%body
   %either = f32[16] conditional(%p, %x, %x), true_computation=%left, false_computation=%right
+  %third = f32[16] conditional(%n, %x, %x), branch_computations={%left, %right}
   %all = (f32[4]{0}, /*index=1*/f32[6]{0}) all-reduce(%u, %v), replica_groups=[1,8]<=[8], to_apply=%add
   %gathered = (bf16[4]{0}, bf16[8]{0}) all-gather-start(%w), replica_groups=[4,2]<=[8], dimensions={0}
   %alone = f32[4]{0} all-reduce(%w), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
@@ -73,7 +74,7 @@ def test_groups_and_trips_by_hand(mesh):
     assert whole == ("all_gather", ("expert", "context"), "float32", 12, 12 * 8 * 4, 12 * 3 * 8 * 4)
     scattered = found["reduce_scatter", "bfloat16"]
     assert scattered == ("reduce_scatter", ("fsdp",), "bfloat16", 36, 36 * 4 * 8 * 2, 36 * 4 * 8 * 2 / 2)
-    assert found["ppermute", "float32"] == ("ppermute", ("context",), "float32", 1, 64, 64)
+    assert found["ppermute", "float32"] == ("ppermute", ("context",), "float32", 2, 128, 128)
     assert found["all_reduce", "float32"][:5] == ("all_reduce", ("fsdp", "expert", "context"), "float32", 1, 40)
     assert found["all_gather", "bfloat16"] == ("all_gather", ("context",), "bfloat16", 1, 8, 8)
     wires = [one.wire for one in hlo.collectives(TEXT, mesh)]
