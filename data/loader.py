@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, cast
 
 import grain
@@ -25,6 +26,7 @@ from data.packing import Document, Key, Row, build_batch, check_grid, cut, pack
 BPE_SAMPLE = 6_000_000  # bytes of text on which a tokenizer is trained
 THREADS = min(8, os.cpu_count() or 1)  # in which windows of lanes are read, tokenised and packed
 BATCHES_AHEAD = 2
+PLACES = 4096  # of each domain's order that are remembered
 ORDER = 2  # of what rows hold: raised where a version of this package reads, packs or deals documents otherwise
 
 
@@ -187,7 +189,8 @@ class Corpus:
         """What lanes read of it; `behind` says by domain what documents the lanes of earlier stages read, `spent` how
         many tokens they handed out: passes and tokens are bounded over the whole run."""
         name, taken = self.domains[domain], behind.get(self.domains[domain], ())
-        at, sizes = self.training_order(domain, seed, taken), self.sources[domain].sizes
+        # A document's size is asked for before it is read, and the place of a shuffled one is a small search.
+        at, sizes = lru_cache(PLACES)(self.training_order(domain, seed, taken)), self.sources[domain].sizes
         mean = self.mean_tokens[name]
         a_byte = (mean - 2) / float(sizes[self._train[domain]].mean())
         return Domain(
