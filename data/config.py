@@ -12,6 +12,9 @@ class DataConfig:
     sources: dict[str, str] = field(default_factory=dict)
     """Where documents are, by domain: a path, or KIND:PLACE with a kind of data/sources.py (jsonl, parquet,
     array_record, text, tfds, hf, embedded). A record's own "domain" goes before. Empty: the embedded corpora."""
+    synthetic: bool = False
+    """Random tokens instead of documents, `vocab_size` of them or a named tokenizer's: for a run's speed and mechanics.
+    Nothing is read and nothing trained; it goes with no sources."""
     weights: dict[str, float] = field(default_factory=dict)
     """Share of the tokens by domain; domains not named share what is left by their size. Empty: by size."""
     repeats: dict[str, float] = field(default_factory=dict)
@@ -34,6 +37,11 @@ class DataConfig:
         for name, place in self.sources.items():
             if not name or not place:
                 raise ValueError(f"data.sources needs a domain and a place for it, not {name!r}: {place!r}")
+        if self.synthetic and self.sources:
+            raise ValueError(
+                "data.synthetic takes the place of documents, and data.sources names some "
+                f"({', '.join(self.sources)}): give one of them"
+            )
         if not 0 < self.heldout < 0.5:
             raise ValueError(f"data.heldout must lie between 0 and 0.5, not {self.heldout}")
         for name, most in (*self.repeats.items(), *self.caps.items()):

@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from data import mixture, sources, tokenizer
+from data import mixture, sources, synthetic, tokenizer
 from data.batch import Batch
 from data.cache import cached, fingerprint
 from data.config import DataConfig
@@ -60,11 +60,15 @@ class Corpus:
         `cache`."""
         started = time.monotonic()
         cache = epath.Path(cache)
-        documents = sources.open_sources(cfg.sources, cache, cfg.bad_records, log)
-        train, heldout = sources.split(documents, cfg.heldout)
         if tokens is None and cfg.tokenizer:
             tokens = tokenizer.load(cfg.tokenizer)
-        elif tokens is None:
+        if cfg.synthetic:
+            tokens = tokens or tokenizer.SyntheticTokenizer.of(cfg.vocab_size)
+            documents = [synthetic.source(tokens)]
+        else:
+            documents = sources.open_sources(cfg.sources, cache, cfg.bad_records, log)
+        train, heldout = sources.split(documents, cfg.heldout)
+        if tokens is None:
             parts = (_corpus_hash(documents, train), cfg.vocab_size, BPE_SAMPLE, sentencepiece.__version__)
             file = cache / f"bpe-{fingerprint(parts)}.model"
             sample = _sample(documents, train, BPE_SAMPLE)
@@ -83,7 +87,8 @@ class Corpus:
         """What another stage of a run reads: `cfg`'s documents in its shares, with this corpus's tokenizer."""
         if cfg == self._cfg:
             return self
-        if any(getattr(cfg, name) != getattr(self._cfg, name) for name in ("sources", "bad_records", "heldout")):
+        documents = ("sources", "synthetic", "bad_records", "heldout")
+        if any(getattr(cfg, name) != getattr(self._cfg, name) for name in documents):
             return Corpus.open(cfg, self._cache, log, self.tokenizer)
         return Corpus(self.sources, self._train, self._heldout, self.tokenizer, cfg, self._cache)
 
@@ -125,7 +130,7 @@ class Corpus:
         return [(packed[kept[i]], documents) for i in order]
 
     def _document(self, domain: int, index: int, visit: int) -> Document:
-        return Document(self.tokenizer.document(self.sources[domain][index]), domain, index, visit == 0)
+        return Document(self.sources[domain].document(index, self.tokenizer), domain, index, visit == 0)
 
     def train(self, batch: int, seq_len: int, chunk: int, seed: int, process_index: int = 0, process_count: int = 1,
               place: Mapping[str, Any] | None = None, crossing: bool = False) -> TrainIterator:  # fmt: skip

@@ -56,7 +56,7 @@ def tokens_per_document(source: Source, indices: np.ndarray, tokenizer: Tokenize
     before = np.cumsum(source.sizes[order]) - source.sizes[order]
     order = order[before < sample]
     with ThreadPoolExecutor() as pool:
-        tokens = sum(pool.map(lambda index: len(tokenizer.ids(source[index])), order.tolist()))
+        tokens = sum(pool.map(lambda index: len(source.document(index, tokenizer)) - 2, order.tolist()))
     return 2 + float(source.sizes[indices].mean()) * tokens / max(int(source.sizes[order].sum()), 1)
 
 

@@ -28,6 +28,7 @@ from etils import epath
 
 from data import array_record, embedded, formats, libraries
 from data.index import Index, Reader, content_hash, document, one_line, open_index
+from data.tokenizer import Tokenizer
 
 __all__ = ["EMBEDDED", "KINDS", "Source", "content_hash", "from_texts", "open_sources", "split"]
 
@@ -52,12 +53,17 @@ class Source:
     sizes: np.ndarray  # int64 [N], bytes of UTF-8
     read: Callable[[int], str]
     skipped: int = 0  # bad records where it was read; those of a place with several domains stand with its first
+    ids: Callable[[int], np.ndarray] | None = None  # bos, tokens, eos, of documents that are no text to be encoded
 
     def __len__(self) -> int:
         return len(self.hashes)
 
     def __getitem__(self, index: int) -> str:
         return self.read(index)
+
+    def document(self, index: int, tokens: Tokenizer) -> np.ndarray:
+        """Its token ids, int32 [T], bos first and eos last."""
+        return tokens.document(self.read(index)) if self.ids is None else self.ids(index)
 
 
 def from_texts(name: str, texts: Sequence[str]) -> Source:

@@ -98,9 +98,37 @@ class SentencePieceTokenizer(Tokenizer):
         (epath.Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=1))
 
 
+class SyntheticTokenizer(Tokenizer):
+    """Of random tokens (data/synthetic.py): an id's text is its number. Its file is one line with their count."""
+
+    HEADER = "llama4_jax synthetic tokens: "
+
+    def __init__(self, model: bytes):
+        super().__init__(model)
+        self.vocab_size = int(model.decode().removeprefix(self.HEADER))
+        self.bos_id, self.eos_id, self.pad_id = 1, 2, 3
+
+    @classmethod
+    def of(cls, vocab_size: int) -> SyntheticTokenizer:
+        return cls(f"{cls.HEADER}{vocab_size}\n".encode())
+
+    def ids(self, text: str) -> np.ndarray:
+        """ValueError for anything but numbers below `vocab_size` with spaces between."""
+        words = text.split()
+        wrong = next((word for word in words if not word.isdecimal() or int(word) >= self.vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"synthetic tokens are their ids, 0 to {self.vocab_size - 1:,}, not {wrong[:40]!r}")
+        return np.array(words, np.int64).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return " ".join(str(i) for i in ids if i not in (self.bos_id, self.eos_id, self.pad_id))
+
+
 def from_bytes(model: bytes, config: bytes = b"") -> Tokenizer:
     """The tokenizer of a model file's content: tiktoken's "base64 rank" lines, a `tokenizer.json`, to which `config`
     is the `tokenizer_config.json`, or a sentencepiece model."""
+    if re.fullmatch(re.escape(SyntheticTokenizer.HEADER.encode()) + rb"\d+\n", model):
+        return SyntheticTokenizer(model)
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", model):
         from data.llama4_tokenizer import Llama4Tokenizer
 

@@ -98,7 +98,8 @@ def check_vocabulary(cfg: RunConfig, size: int | None = None) -> None:
     """ValueError where a model's vocabulary differs from the tokenizer's `size`, by default the one to be trained."""
     if size is None and cfg.data.tokenizer:
         return
-    source = f"the tokenizer {cfg.data.tokenizer}" if cfg.data.tokenizer else "the tokenizer trained here"
+    trained = "data.synthetic" if cfg.data.synthetic else "the tokenizer trained here"
+    source = f"the tokenizer {cfg.data.tokenizer}" if cfg.data.tokenizer else trained
     size = cfg.data.vocab_size if size is None else size
     for name, learner in cfg.learners.items():
         # A table larger than a given tokenizer has rows to spare, as published models do.
@@ -153,6 +154,8 @@ def _value(option: str, kind: Any, words: list[str]) -> Any:
         if len(flat) % 2:
             raise ValueError(f"{option} takes pairs, e.g. code 0.3 prose 0.7, not {' '.join(words)!r}")
         return {key: _value(f"{option} {key}", typing.get_args(kind)[1], [v]) for key, v in zip(*[iter(flat)] * 2)}  # noqa: B905
+    if not words and kind is bool:
+        return True
     if not words:
         raise ValueError(f"{option} needs a value")
     if len(words) != 1:

@@ -11,10 +11,10 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from data.batch import Batch
 from data.packing import Document, Piece, Row, build_batch
+from data.synthetic import uniform
 from training.chips import peak_flops
 from training.config import RunConfig
 from training.flops import active_matmul_parameters, step_per_token
@@ -34,11 +34,10 @@ def synthetic_batches(cfg: RunConfig, part: int = 0, parts: int = 1, count: int 
     """
     T, rows = cfg.train.seq_len, cfg.train.batch // parts
     vocabulary = min(learner.model.vocab_size for learner in cfg.learners.values())
-    rng = np.random.default_rng([cfg.train.seed, part])
 
     def row(n: int) -> Row:
-        document = Document(rng.integers(0, vocabulary, T + 1, np.int32), domain=0, document_id=n, first_visit=True)
-        return [Piece((0, n), 0, T, 0)], {(0, n): document}
+        ids = uniform(vocabulary, T + 1, cfg.train.seed, part, n)
+        return [Piece((0, n), 0, T, 0)], {(0, n): Document(ids, domain=0, document_id=n, first_visit=True)}
 
     return [build_batch([row(batch * rows + n) for n in range(rows)], T, pad_id=0) for batch in range(count)]
 
