@@ -47,7 +47,8 @@ class Corpus:
         self.shares: dict[str, float] = mixture.token_shares(sizes, cfg.weights)
         mixture.check_names("repeats", cfg.repeats, self.domains)
         mixture.check_names("caps", cfg.caps, self.domains)
-        self.tokens = round(sum(sizes.values()))  # of one pass over the training documents, estimated
+        self.pass_tokens = sizes  # by domain: of one pass over its training documents, estimated
+        self.tokens = round(sum(sizes.values()))
 
     def _count_tokens(self) -> bytes:
         parts = zip(self.sources, self._train, strict=True)

@@ -44,13 +44,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def count(corpus: Corpus, place: dict[str, Any]) -> dict[str, Any]:
-    """By domain: documents read (those of windows that lanes are at among them) and passes; tokens of the windows that
-    were finished since the stage began.
+    """By domain: documents read into rows, those that are still to be handed out of lanes' windows among them, and the
+    passes that these make; and exactly the tokens in the rows that were handed out, since the stage began (with their
+    share, beside the one wanted) and in the whole run.
 
     ValueError where the documents are not those that the checkpoint's run read last.
     """
     from data.lanes import LaneState
-    from data.loader import documents_read
+    from data.loader import documents_read, tokens_of_stages
 
     stream = place["stream"]
     if stream["corpus"] != corpus.hash:
@@ -60,13 +61,15 @@ def count(corpus: Corpus, place: dict[str, Any]) -> dict[str, Any]:
         )
     read = documents_read(place)
     states = [LaneState.from_json(values) for values in place["lanes"].values()]
-    tokens = [sum(state.tokens[d] for state in states) for d in range(len(corpus.domains))]
+    tokens = [sum(state.out[d] for state in states) for d in range(len(corpus.domains))]
+    whole = tokens_of_stages(place)
     domains = {
         name: dict(
             documents=(total := sum(map(sum, read[corpus.hash][name]))),
             of=size,
             passes=round(total / size, 4),
             tokens=tokens[d],
+            run_tokens=whole[name],
             share=round(tokens[d] / max(sum(tokens), 1), 4),
             wanted=stream["shares"][name],
         )
@@ -87,10 +90,11 @@ def _print(facts: dict[str, Any]) -> None:
 
     print(f"{facts['run']}, step {facts['step']}: {facts['tokens_seen']:,} labels seen, {facts['lanes']} lanes")
     table = Table("domain", box=box.SIMPLE_HEAD)
-    for column in ("documents read", "of", "passes", "tokens of finished windows", "their share", "wanted"):
+    for column in ("documents read", "of", "passes", "tokens in the run", "in this stage", "share", "wanted"):
         table.add_column(column, justify="right")
     for name, d in facts["domains"].items():
-        counts = (f"{d['documents']:,}", f"{d['of']:,}", f"{d['passes']:.2f}", f"{d['tokens']:,}")
+        counts = (f"{d['documents']:,}", f"{d['of']:,}", f"{d['passes']:.2f}", f"{d['run_tokens']:,}",
+                  f"{d['tokens']:,}")  # fmt: skip
         table.add_row(Text(printable(name)), *counts, f"{d['share']:.2%}", f"{d['wanted']:.2%}")
     Console(highlight=False).print(table)
     for corpus, domains in facts["earlier"].items():

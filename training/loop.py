@@ -113,6 +113,8 @@ class _Stage:
         else:
             self.state = initial_state(self.cfg, self.mesh)
         self.tokens_seen: int = place["tokens_seen"] if place else 0
+        self.domain_tokens: dict[str, int] = dict(place.get("domain_tokens", {})) if place else {}
+        self.pass_tokens = corpus.pass_tokens
         chunk = next(iter(cfg.learners.values())).model.chunk
         shape = (self.cfg.train.batch, self.cfg.train.seq_len, chunk)
         # A stage, or a fork, may read other rows than what was before it.
@@ -154,7 +156,8 @@ def _steps(stage: _Stage, report: _Reporter, checkpoints: Checkpoints, stop: _St
             if evaluating or stopping or step % train.checkpoint_every == 0:
                 report.finish(partial(stage.held_out, stage.state) if evaluating else dict)
                 if last or stopping or step % train.checkpoint_every == 0:
-                    place = whole_place(stage.stream.get_state()) | {"tokens_seen": report.tokens_seen}
+                    seen = {"tokens_seen": report.tokens_seen, "domain_tokens": report.domain_tokens}
+                    place = whole_place(stage.stream.get_state()) | seen
                     checkpoints.save(step, stage.state, place, record)
                 report.restart()
             if stopping:
@@ -325,6 +328,8 @@ class _Reporter:
         self.cfg, self.domains, self.console, self.writers = stage.cfg, stage.domains, console, writers
         self.targets = stage.targets
         self.tokens_seen = stage.tokens_seen  # valid ones, of all steps that are finished
+        self.domain_tokens = dict(stage.domain_tokens)  # the same by domain
+        self.pass_tokens = stage.pass_tokens
         self._last = stage.stop
         self._throughput = Throughput(stage.cfg, stage.mesh)
         self._pending: tuple[int, Any, float] | None = None
@@ -346,8 +351,11 @@ class _Reporter:
                     f"step {step}: {name}'s gradient norm is {of['grad_norm']}, so its weights are lost; the newest "
                     f"checkpoint is from before. Lower its learning rate, or look at the data of this step"
                 )
-        tokens = int(next(iter(values.values()))["sums"].tokens)  # those of the batch: learners see the same
+        sums = next(iter(values.values()))["sums"]  # learners see the same tokens
+        tokens = int(sums.tokens)
         self.tokens_seen += tokens
+        for name, count in zip(self.domains, np.asarray(sums.domain_tokens).tolist(), strict=True):
+            self.domain_tokens[name] = self.domain_tokens.get(name, 0) + round(count)
         if self._compiled:
             self._throughput.add(float(tokens), wait)
         else:  # the first step's time was the compiler's
@@ -358,12 +366,21 @@ class _Reporter:
         rates = self._throughput.report() if due or held_out else {}
         evaluation = held_out() if held_out else {}
         if self.writers and (due or evaluation):
-            record = {**scalars(values, self.cfg, self.domains), **self._ages(step), "tokens_seen": self.tokens_seen,
-                      **rates, **evaluation}  # fmt: skip
+            record = {**scalars(values, self.cfg, self.domains), **self._ages(step), **self._seen(), **rates,
+                      **evaluation}  # fmt: skip
             self.writers.write(step, record)
             self.console.report(step, record)
         if self.writers and held_out:  # a checkpoint may follow: the file must have what came before it
             self.writers.flush()
+
+    def _seen(self) -> dict[str, float]:
+        """Labels trained on so far in the run, in all and by domain, and the passes over each domain that those make
+        (by the tokens that one has, which are estimated; `llama4 data ledger` counts documents)."""
+        out: dict[str, float] = {"tokens_seen": self.tokens_seen}
+        for name in self.domains:
+            seen = self.domain_tokens.get(name, 0)
+            out |= {f"tokens_seen/{name}": seen, f"epoch/{name}": round(seen / self.pass_tokens[name], 4)}
+        return out
 
     def _ages(self, step: int) -> dict[str, int]:
         """teacher_step: steps that a student's teacher had made when it made these targets, where that is known; and
