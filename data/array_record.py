@@ -3,7 +3,8 @@
     NAME.array_record   a record is the UTF-8 JSON of {"text": ..., "domain": ..., ...}
     NAME.index.npz      hash uint64 [N], size int64 [N], domain int32 [N] into names str; "" is none
     manifest.json       {"version": 1, "documents": N, "bytes": N, "shards": [{"file": ...,
-                        "documents": N, "bytes": N, "hash": ...}]}
+                        "documents": N, "bytes": N (of text), "size": N (of the file),
+                        "hash": blake2b of 16 bytes in hexadecimal, "index_hash": ...}]}
 
 A shard with both is not walked through. Every chunk of a shard carries checksums, which its reader verifies.
 """
@@ -54,21 +55,27 @@ class ArrayRecords(Files):
         self._listed: dict[epath.Path, dict[str, Any]] = {}
         for file in files:
             if file.parent not in self._listed:
-                self._listed[file.parent] = _manifest(file.parent)
+                self._listed[file.parent] = read_manifest(file.parent)
         self._reader = lru_cache(OPEN_SHARDS)(self._open)
 
     def known(self, shard: int, log: Callable[[str], object]) -> Mapping[str, np.ndarray] | None:
         file = self.files[shard]
         listed = self._listed[file.parent].get(file.name)
-        beside = file.with_suffix(".index.npz")
+        beside = index_of(file)
         if listed is None or not beside.exists():
             return None
+        if (size := self.size(shard)) != listed.get("size", size):
+            log(
+                f"data: {file} has {size:,} bytes where {MANIFEST} has {listed['size']:,}, so it is damaged: "
+                f"reading all of its records (llama4 data verify {file.parent} looks at all shards)"
+            )
+            return None
         try:
-            index = _load(beside, listed["documents"])
+            index = load_index(beside, listed["documents"])
             found = len(index["hash"]) if _remote(file) else self._reader(shard).num_records()
             if found != len(index["hash"]):
                 raise ValueError(f"{len(index['hash']):,} documents where the shard has {found:,}")
-        except (*_ERRORS, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        except _ERRORS as error:
             log(f"data: {beside} is of no use ({one_line(error)}): reading the records of the shard")
             return None
         return index
@@ -151,8 +158,14 @@ def _item(place: int, raw: bytes | Exception) -> Item:
         return Item(place + 1, place, 1, {}, str(error))
 
 
-def _manifest(folder: epath.Path) -> dict[str, Any]:
-    """The manifest's shards by file name; empty where there is none."""
+def index_of(shard: epath.Path) -> epath.Path:
+    """The index that lies beside a shard."""
+    return shard.with_suffix(".index.npz")
+
+
+def read_manifest(folder: epath.Path, missing_ok: bool = False) -> dict[str, Any]:
+    """The manifest's shards by file name; empty where there is none. FileNotFoundError names a shard that is not there,
+    unless `missing_ok`."""
     path = folder / MANIFEST
     if not path.exists():
         return {}
@@ -163,15 +176,19 @@ def _manifest(folder: epath.Path) -> dict[str, Any]:
             raise ValueError("expected version 1, with a number of documents for every shard")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no manifest of shards: {one_line(error)}") from error
-    gone = [name for name in shards if not (folder / name).exists()]
+    gone = [] if missing_ok else [name for name in shards if not (folder / name).exists()]
     if gone:
         raise FileNotFoundError(f"{path} lists {len(gone)} shard(s) that are not there, the first {gone[0]}")
     return shards
 
 
-def _load(path: epath.Path, documents: int) -> dict[str, np.ndarray]:
-    with path.open("rb") as file, np.load(file) as arrays:
-        index = {name: arrays[name] for name in ("hash", "size", "domain", "names")}
+def load_index(path: epath.Path, documents: int) -> dict[str, np.ndarray]:
+    """hash, size, domain and names of an index of so many documents; ValueError where it is none."""
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            index = {name: arrays[name] for name in ("hash", "size", "domain", "names")}
+    except (*_ERRORS, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"no index, or damaged ({one_line(error)})") from error
     lengths = {len(index[name]) for name in ("hash", "size", "domain")} | {documents}
     if len(lengths) != 1:
         raise ValueError(f"arrays of {sorted(lengths)} documents")

@@ -33,14 +33,14 @@ def printable(text: str) -> str:
     return "".join(map(spell, text))
 
 
-class Span(NamedTuple):
+class DecodedSpan(NamedTuple):
     """Neighbouring tokens of a piece: predicted from those before them for the loss, or only read."""
 
     text: str
     counted: bool
 
 
-class Piece(NamedTuple):
+class DecodedPiece(NamedTuple):
     """A document, or a part of one, as it lies in a row."""
 
     row: int
@@ -52,10 +52,10 @@ class Piece(NamedTuple):
     begins: bool  # with bos: it is no later part of a longer document
     ends: bool  # with eos
     text: str  # without bos and eos
-    spans: list[Span]
+    spans: list[DecodedSpan]
 
 
-def pieces(batch: Batch, tokenizer: Tokenizer, domains: tuple[str, ...]) -> Iterator[Piece]:
+def pieces(batch: Batch, tokenizer: Tokenizer, domains: tuple[str, ...]) -> Iterator[DecodedPiece]:
     """The pieces of a batch [B, T], row by row in their order.
 
     The label at place t is the token at t + 1, so a token is predicted for the loss where the mask of the place before
@@ -68,8 +68,8 @@ def pieces(batch: Batch, tokenizer: Tokenizer, domains: tuple[str, ...]) -> Iter
             tokens, counts = batch.tokens[row, inside], batch.loss_mask[row, inside] > 0
             predicted = np.concatenate([[False], counts[:-1]])
             edges = [0, *(np.flatnonzero(np.diff(predicted)) + 1).tolist(), len(tokens)]
-            spans = [Span(tokenizer.decode(tokens[a:b]), bool(predicted[a])) for a, b in pairwise(edges)]
-            yield Piece(
+            spans = [DecodedSpan(tokenizer.decode(tokens[a:b]), bool(predicted[a])) for a, b in pairwise(edges)]
+            yield DecodedPiece(
                 row, at, len(tokens), int(counts.sum()), domains[int(batch.domain[row, at])],
                 int(batch.document_id[row, at]), bool(tokens[0] == tokenizer.bos_id),
                 bool(tokens[-1] == tokenizer.eos_id), tokenizer.decode(tokens), spans,

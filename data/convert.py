@@ -29,7 +29,7 @@ from typing import Any
 from etils import epath
 
 from data.cache import fingerprint
-from data.records import FORMATS, InputError, Piece, suffix_of
+from data.records import FORMATS, InputError, InputPart, suffix_of
 from data.shards import EXAMPLES, STATE, WRITER, Options, Seal, Task, read_json, read_seals, run_task
 
 VERSION = 1
@@ -74,10 +74,10 @@ def make_plan(paths: Sequence[epath.PathLike], folder: epath.PathLike, options: 
     if twice := [file for file, count in Counter(i["file"] for i in inputs).items() if count > 1]:
         raise ValueError(f"{twice[0]} comes twice among the inputs")
     key = fingerprint([VERSION, WRITER, json.dumps([asdict(options), inputs])])
-    pieces = (piece for i in inputs for piece in _pieces(i["file"], i["size"], formats, options))
+    parts = (part for i in inputs for part in _parts(i["file"], i["size"], formats, options))
     tasks = [
         Task(str(folder), f"{options.name}-{number:05d}", group, options, key)
-        for number, group in enumerate(_gather(pieces, options.shard_mb << 20))
+        for number, group in enumerate(_gather(parts, options.shard_mb << 20))
     ]
     return Plan(options, inputs, tasks, left_out)
 
@@ -92,7 +92,7 @@ def _walk(path: epath.Path, output: epath.Path) -> Iterator[tuple[epath.Path, An
                 yield from _walk(entry, output)
 
 
-def _pieces(file: str, size: int, formats: dict[str, str], options: Options) -> Iterator[Piece]:
+def _parts(file: str, size: int, formats: dict[str, str], options: Options) -> Iterator[InputPart]:
     suffix = suffix_of(file, formats)
     kind, shard = formats[suffix], options.shard_mb << 20
     if kind == "parquet":
@@ -100,12 +100,12 @@ def _pieces(file: str, size: int, formats: dict[str, str], options: Options) -> 
     elif suffix == ".jsonl":
         for start in range(0, max(size, 1), shard):
             length = min(shard, size - start)
-            yield Piece(file, kind, length, length, start, start + length)
+            yield InputPart(file, kind, length, length, start, start + length)
     else:
-        yield Piece(file, kind, size, size * COMPRESSION if suffix.endswith(("gz", ".zst")) else size)
+        yield InputPart(file, kind, size, size * COMPRESSION if suffix.endswith(("gz", ".zst")) else size)
 
 
-def _row_groups(file: str, options: Options) -> Iterator[Piece]:
+def _row_groups(file: str, options: Options) -> Iterator[InputPart]:
     """Row groups one by one, so that tasks may hold any number."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
@@ -122,23 +122,23 @@ def _row_groups(file: str, options: Options) -> Iterator[Piece]:
         for group in range(metadata.num_row_groups):
             columns = [metadata.row_group(group).column(c) for c in range(metadata.num_columns)]
             size = sum(c.total_compressed_size for c in columns)
-            yield Piece(file, "parquet", size, sum(c.total_uncompressed_size for c in columns), group, group + 1)
+            yield InputPart(file, "parquet", size, sum(c.total_uncompressed_size for c in columns), group, group + 1)
 
 
-def _gather(pieces: Iterable[Piece], weight: int) -> Iterator[tuple[Piece, ...]]:
-    """Pieces in their order, in groups of the given weight at most or of one piece; a file's neighbours are joined."""
-    group: list[Piece] = []
+def _gather(parts: Iterable[InputPart], weight: int) -> Iterator[tuple[InputPart, ...]]:
+    """Parts in their order, in groups of the given weight at most or of one part; a file's neighbours are joined."""
+    group: list[InputPart] = []
     total = 0
-    for piece in pieces:
-        if group and total + piece.weight > weight:
+    for part in parts:
+        if group and total + part.weight > weight:
             yield tuple(group)
             group, total = [], 0
-        total += piece.weight
-        if group and (group[-1].file, group[-1].stop) == (piece.file, piece.start) and piece.start:
+        total += part.weight
+        if group and (group[-1].file, group[-1].stop) == (part.file, part.start) and part.start:
             last = group.pop()
-            size, joined = last.size + piece.size, last.weight + piece.weight
-            piece = Piece(piece.file, piece.format, size, joined, last.start, piece.stop)
-        group.append(piece)
+            size, joined = last.size + part.size, last.weight + part.weight
+            part = InputPart(part.file, part.format, size, joined, last.start, part.stop)
+        group.append(part)
     if group:
         yield tuple(group)
 
@@ -360,8 +360,9 @@ def manifest(plan: Plan, seals: Iterable[Seal], budget: float) -> dict[str, Any]
     skipped, left_out = Counter[str](), Counter[str]()
     for seal in seals:
         if seal["files"]:
-            name, size, digest = seal["files"][0]
-            shards.append(dict(file=name, documents=seal["documents"], bytes=seal["bytes"], hash=digest, size=size))
+            (name, size, digest), (_, _, index) = seal["files"]
+            shards.append(dict(file=name, documents=seal["documents"], bytes=seal["bytes"], hash=digest, size=size,
+                               index_hash=index))  # fmt: skip
         skipped.update(seal["skipped"])
         left_out.update(seal["left_out"])
         examples += seal["examples"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from data.index import MAX_DOCUMENT, TEXT_FIELDS, Item, one_line
+from data.index import MAX_DOCUMENT, TEXT_FIELDS, BadRecord, Item, one_line
 
 PROSE = ".txt .text .md .markdown .rst .tex .org .adoc"
 CODE = (
@@ -138,7 +138,7 @@ def json_object(raw: bytes) -> Mapping[str, Any]:
     except ValueError as error:
         raise ValueError(f"not JSON ({one_line(error)})") from error
     if not isinstance(record, dict):
-        raise ValueError('expected an object with a string "text", as in {"text": "...", "domain": "..."}')
+        raise BadRecord("not an object", type(record).__name__)
     return record
 
 

@@ -22,7 +22,7 @@ MAX_DOCUMENT = 64 << 20  # bytes of a line or a document; a longer one is a bad 
 TEXT_FIELDS = ("text", "content")
 SHOWN = 3  # of the bad records
 REPORT_EVERY = 10.0  # seconds
-VERSION = 1  # of the index's own form
+VERSION = 2  # of the index's own form
 
 
 def content_hash(text: bytes) -> int:
@@ -96,32 +96,49 @@ def one_line(error: object) -> str:
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def document(record: Mapping[str, Any]) -> tuple[bytes, str]:
-    """Text (UTF-8) and domain ("" for none) of a record; ValueError says what is wrong with it."""
-    text = next((value for name in TEXT_FIELDS if (value := record.get(name)) is not None), None)
-    if not isinstance(text, str | bytes):
-        raise ValueError('expected an object with a string "text", as in {"text": "...", "domain": "..."}')
-    raw = _utf8(text, "text")
+class BadRecord(ValueError):
+    """A record that is skipped: `reason` is counted, `detail` is its own and shown for the first few."""
+
+    def __init__(self, reason: str, detail: object = ""):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, str(detail)
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({one_line(self.detail)})" if self.detail else self.reason
+
+
+def text_name(record: Mapping[str, Any], text_field: str = "") -> str:
+    """The field that holds a record's text: `text_field`, or the first string among "text" and "content"."""
+    names = (text_field,) if text_field else TEXT_FIELDS
+    name = next((n for n in names if isinstance(record.get(n), str | bytes)), None)
+    if name is None:
+        raise BadRecord("no string " + " or ".join(f'"{n}"' for n in names), f"fields: {', '.join(record) or 'none'}")
+    return name
+
+
+def document(record: Mapping[str, Any], text_field: str = "", domain: str = "") -> tuple[bytes, str]:
+    """Text (UTF-8) and domain of a record: `domain`, or its own "domain", in which "" is none; or BadRecord."""
+    raw = _utf8(record[text_name(record, text_field)])
     if len(raw) > MAX_DOCUMENT:
-        raise ValueError(f'"text" has {len(raw):,} bytes, above {MAX_DOCUMENT:,}')
+        raise BadRecord(f"longer than {MAX_DOCUMENT >> 20} MiB", f"{len(raw):,} bytes")
     if not raw.strip():
-        raise ValueError('"text" is empty')
-    domain = record.get("domain")
-    if domain is None:
-        return raw, ""
-    if not isinstance(domain, str | bytes) or not domain:
-        raise ValueError(f'"domain" must be a string that is not empty, not {one_line(repr(domain))}')
-    return raw, _utf8(domain, "domain").decode()
+        raise BadRecord("empty")
+    own = domain or record.get("domain") or ""
+    if not isinstance(own, str | bytes):
+        raise BadRecord('"domain" is no string', repr(own))
+    return raw, _utf8(own).decode()
 
 
-def _utf8(text: str | bytes, field: str) -> bytes:
+def _utf8(text: str | bytes) -> bytes:
     try:
         if isinstance(text, str):
             return text.encode()
         text.decode()
         return text
-    except UnicodeError as error:
-        raise ValueError(f'"{field}" is not Unicode ({getattr(error, "reason", "no UTF-8")})') from error
+    except UnicodeDecodeError as error:
+        raise BadRecord("invalid UTF-8", f"{error.reason} at {error.start}") from error
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise BadRecord("not Unicode", error.reason) from error
 
 
 def where(reader: Reader, shard: int, number: int) -> str:

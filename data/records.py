@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple, NoReturn
 
 from etils import epath
 
-from data.index import MAX_DOCUMENT, TEXT_FIELDS
+from data.index import MAX_DOCUMENT, TEXT_FIELDS, BadRecord, document, text_name
 
 LIMIT = MAX_DOCUMENT  # bytes of one record: a line, a file of text, a member of a tar
 BUFFER = 1 << 17
@@ -43,16 +43,8 @@ class InputError(ValueError):
     """What the user gave cannot be converted; the message names the file."""
 
 
-class BadRecord(Exception):
-    """A record that is skipped: `reason` is counted, `detail` is shown for the first few."""
-
-    def __init__(self, reason: str, detail: object = ""):
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, str(detail)
-
-
 @dataclass(frozen=True)
-class Piece:
+class InputPart:
     """A file, or the part of one that a task reads.
 
     `start` and `stop` are bytes of uncompressed lines (a line belongs where it begins) and row groups of Parquet.
@@ -71,7 +63,9 @@ class Piece:
         return "byte" if self.format == "lines" and self.start else "record"
 
 
-class Document(NamedTuple):
+class Converted(NamedTuple):
+    """What a conversion writes for a record."""
+
     record: bytes  # JSON, UTF-8
     text: bytes  # UTF-8
     domain: str  # "" where none is given
@@ -83,24 +77,16 @@ def suffix_of(name: str, suffixes: Iterable[str]) -> str:
     return max((s for s in suffixes if name.lower().endswith(s)), key=len, default="")
 
 
-def document(fields: Mapping[str, Any], text_field: str = "", domain: str = "") -> Document:
+def converted(fields: Mapping[str, Any], text_field: str = "", domain: str = "") -> Converted:
     """The record that is written for a source record, or BadRecord.
 
-    Its text is the field `text_field`, or the first string among "text" and "content". Its domain is `domain`, or the
-    record's own. Other strings, finite numbers and booleans stay under their names; null fields are dropped, and
-    what is none of these (lists, objects, bytes, NaN) is left out, and so is a "text" where another field is the text.
+    Text and domain are as `data.index.document` finds them. Other strings, finite numbers and booleans stay under their
+    names; null fields are dropped, and what is none of these (lists, objects, bytes, NaN) is left out, and so is a
+    "text" where another field is the text.
     """
-    names = (text_field,) if text_field else TEXT_FIELDS
-    name = next((n for n in names if isinstance(fields.get(n), str | bytes)), None)
-    if name is None:
-        raise BadRecord("no string " + " or ".join(map(json.dumps, names)), f"fields: {', '.join(fields) or 'none'}")
-    text = _utf8(fields[name])
-    if not text.strip():
-        raise BadRecord("empty")
-    domain = domain or fields.get("domain") or ""
-    if not isinstance(domain, str):
-        raise BadRecord('"domain" is no string', json.dumps(domain, default=str))
-    record: dict[str, Any] = {"text": text} | ({"domain": domain} if domain else {})
+    raw, domain = document(fields, text_field, domain)
+    name = text_name(fields, text_field)
+    record: dict[str, Any] = {"text": raw.decode()} | ({"domain": domain} if domain else {})
     left_out = []
     for key, value in fields.items():
         if key in (name, "domain") or value is None:
@@ -111,24 +97,24 @@ def document(fields: Mapping[str, Any], text_field: str = "", domain: str = "") 
         else:
             left_out.append(key)
     try:
-        return Document(_to_json(record).encode(), text.encode(), domain, left_out)
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        return Converted(_to_json(record).encode(), raw, domain, left_out)
+    except UnicodeEncodeError as error:
         raise BadRecord("not Unicode", error.reason) from error
 
 
-def records(piece: Piece, text_field: str, report: Callable[[int], None]) -> Iterator[tuple[int, Load]]:
-    """The records of a piece, numbered from 1 (or by their byte, see `Piece.unit`).
+def records(part: InputPart, text_field: str, report: Callable[[int], None]) -> Iterator[tuple[int, Load]]:
+    """The records of a part, numbered from 1 (or by their byte, see `InputPart.unit`).
 
     A stream that is cut short or corrupt ends with one bad record. Errors of the store itself are raised.
 
     Args:
-      text_field: as for `document`: a Parquet column of bytes is read only if it is the text
+      text_field: as for `converted`: a Parquet column of bytes is read only if it is the text
       report: told of the bytes of input as they are read
     """
     number = 0
-    with _Counted(epath.Path(piece.file), report) as file:
+    with _Counted(epath.Path(part.file), report) as file:
         try:
-            for number, load in _READERS[piece.format](piece, file, text_field):
+            for number, load in _READERS[part.format](part, file, text_field):
                 yield number, load
         except (EOFError, OSError, zlib.error, TarError) as error:
             if file.error is not None:
@@ -184,14 +170,14 @@ def _stream(name: str, file: _Counted) -> io.BufferedReader:
     return io.BufferedReader(file, BUFFER)
 
 
-def _lines(piece: Piece, file: _Counted, text_field: str) -> Iterator[tuple[int, Load]]:
-    stream = _stream(piece.file, file)
-    position = piece.start
-    if piece.start:  # the line that begins before this piece is another's
-        stream.seek(piece.start - 1)
+def _lines(part: InputPart, file: _Counted, text_field: str) -> Iterator[tuple[int, Load]]:
+    stream = _stream(part.file, file)
+    position = part.start
+    if part.start:  # the line that begins before this part is another's
+        stream.seek(part.start - 1)
         position += _pass_line(stream) - 1
     number = 0
-    while not piece.stop or position < piece.stop:
+    while not part.stop or position < part.stop:
         line = stream.readline(LIMIT + 1)
         if not line:
             return
@@ -204,7 +190,7 @@ def _lines(piece: Piece, file: _Counted, text_field: str) -> Iterator[tuple[int,
             continue
         else:
             load = partial(_object, line if at else line.removeprefix(codecs.BOM_UTF8))
-        yield at if piece.start else number, load
+        yield at if part.start else number, load
 
 
 def _pass_line(stream: io.BufferedReader) -> int:
@@ -217,7 +203,7 @@ def _pass_line(stream: io.BufferedReader) -> int:
     return passed
 
 
-def _text(piece: Piece, file: _Counted, text_field: str) -> Iterator[tuple[int, Load]]:
+def _text(part: InputPart, file: _Counted, text_field: str) -> Iterator[tuple[int, Load]]:
     def load() -> dict[str, Any]:
         content = io.BufferedReader(file, BUFFER).read(LIMIT + 1)
         if len(content) > LIMIT:
@@ -240,9 +226,9 @@ class _StrictTarInfo(TarInfo):
             raise ReadError(str(error)) from error
 
 
-def _tar(piece: Piece, file: _Counted, text_field: str) -> Iterator[tuple[int, Load]]:
+def _tar(part: InputPart, file: _Counted, text_field: str) -> Iterator[tuple[int, Load]]:
     """Members whose names agree up to the first dot of their base name are one record, as WebDataset has it."""
-    stream = _stream(piece.file, file)
+    stream = _stream(part.file, file)
     with tarfile.open(fileobj=stream, mode="r|", bufsize=BUFFER, tarinfo=_StrictTarInfo) as tar:
         for number, (key, group) in enumerate(itertools.groupby(_members(tar), lambda member: member[0]), 1):
             yield number, partial(_sample, key, [(extension, content) for _, extension, content in group])
@@ -282,15 +268,15 @@ def _sample(key: str, members: list[tuple[str, bytes | BadRecord | None]]) -> di
     return fields
 
 
-def _parquet(piece: Piece, file: _Counted, text_field: str) -> Iterator[tuple[int, Load]]:
+def _parquet(part: InputPart, file: _Counted, text_field: str) -> Iterator[tuple[int, Load]]:
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
     parquet = ParquetFile(pa.PythonFile(file, "r"))
     columns, fixed = _columns(parquet.schema_arrow, text_field)
-    counts = [parquet.metadata.row_group(g).num_rows for g in range(piece.stop)]
-    number = sum(counts[: piece.start])
-    for group in range(piece.start, piece.stop):
+    counts = [parquet.metadata.row_group(g).num_rows for g in range(part.stop)]
+    number = sum(counts[: part.start])
+    for group in range(part.start, part.stop):
         first = number
         try:
             for batch in parquet.iter_batches(PARQUET_ROWS, row_groups=[group], columns=columns):
@@ -307,7 +293,7 @@ def _parquet(piece: Piece, file: _Counted, text_field: str) -> Iterator[tuple[in
 
 
 def _columns(schema: Any, text_field: str) -> tuple[list[str], dict[str, bytes]]:
-    """The columns to read, and those left out, with a value that `document` leaves out."""
+    """The columns to read, and those left out, with a value that `converted` leaves out."""
     from pyarrow import types
 
     kinds = (types.is_string, types.is_large_string, types.is_string_view, types.is_boolean, types.is_integer,
@@ -338,8 +324,9 @@ def _row(columns: list[str], values: list[Any], row: int, fixed: dict[str, bytes
 
 
 def _object(line: bytes) -> dict[str, Any]:
+    text = _utf8(line)
     try:
-        fields = json.loads(_utf8(line))
+        fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRecord("not JSON", error) from error
     if not isinstance(fields, dict):
@@ -358,6 +345,6 @@ def _refuse(reason: str, detail: object = "") -> NoReturn:
     raise BadRecord(reason, detail)
 
 
-_READERS: dict[str, Callable[[Piece, _Counted, str], Iterator[tuple[int, Load]]]] = {
+_READERS: dict[str, Callable[[InputPart, _Counted, str], Iterator[tuple[int, Load]]]] = {
     "lines": _lines, "text": _text, "tar": _tar, "parquet": _parquet,
 }  # fmt: skip

@@ -28,7 +28,7 @@ import numpy as np
 from etils import epath
 
 from data.index import TEXT_FIELDS
-from data.records import FORMATS, BadRecord, Document, InputError, Piece, document, records
+from data.records import FORMATS, BadRecord, Converted, InputError, InputPart, converted, records
 from data.sources import content_hash
 
 WRITER = "group_size:1,zstd:3"
@@ -90,18 +90,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker does in one go: `pieces` into the shards NAME-00000, NAME-00001, ... of `folder`."""
+    """What one worker does in one go: `parts` into the shards NAME-00000, NAME-00001, ... of `folder`."""
 
     folder: str
     name: str
-    pieces: tuple[Piece, ...]
+    parts: tuple[InputPart, ...]
     options: Options
     plan: str  # the plan's key, which its seals carry
     patience: int = PATIENCE  # 0: any number of bad records is borne
 
     @property
     def size(self) -> int:
-        return sum(piece.size for piece in self.pieces)
+        return sum(part.size for part in self.parts)
 
 
 def run_task(task: Task, report: Report = silent) -> list[Seal]:
@@ -117,14 +117,14 @@ def run_task(task: Task, report: Report = silent) -> list[Seal]:
         report(kept=task.size)
         return seals
     options, passed = task.options, sum(seal["records"] for seal in seals)
-    every = ((p, n, load) for p in task.pieces for n, load in records(p, options.text_field, lambda n: report(read=n)))
+    every = ((p, n, load) for p in task.parts for n, load in records(p, options.text_field, lambda n: report(read=n)))
     shard = _Shard(task, len(seals))
     try:
-        for piece, number, load in itertools.islice(every, passed, None):
+        for part, number, load in itertools.islice(every, passed, None):
             try:
-                found = document(load(), options.text_field, options.domain)
+                found = converted(load(), options.text_field, options.domain)
             except BadRecord as bad:
-                shard.skip(bad, piece, number)
+                shard.skip(bad, part, number)
             else:
                 if shard.documents and shard.bytes + len(found.text) > options.shard_mb << 20:
                     seals.append(shard.seal(last=False))
@@ -160,9 +160,9 @@ def _verified(task: Task) -> Iterator[Seal]:
     """As `read_seals`, up to the first whose files do not agree with it."""
     folder = epath.Path(task.folder)
     for seal in read_seals(task):
-        for name, size, digest in seal["files"]:
+        for name, size, wanted in seal["files"]:
             path = folder / name
-            if not path.exists() or path.stat().length != size or _digest(path) != digest:
+            if not path.exists() or path.stat().length != size or digest(path) != wanted:
                 return
         yield seal
 
@@ -175,7 +175,8 @@ def read_json(path: epath.Path) -> Any:
         return None
 
 
-def _digest(path: epath.Path | Path) -> str:
+def digest(path: epath.Path | Path) -> str:
+    """blake2b of a file's content, 16 bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore
 
@@ -204,7 +205,7 @@ class _Shard:
     def documents(self) -> int:
         return len(self._sizes)
 
-    def add(self, found: Document) -> None:
+    def add(self, found: Converted) -> None:
         if not self.documents:
             self._open()
         self._writer.write(found.record)
@@ -215,10 +216,10 @@ class _Shard:
         for name in found.left_out:
             self._left_out[name if name in self._left_out or len(self._left_out) < NAMES else "others"] += 1
 
-    def skip(self, bad: BadRecord, piece: Piece, number: int) -> None:
+    def skip(self, bad: BadRecord, part: InputPart, number: int) -> None:
         self._skipped[bad.reason] += 1
         if len(self._examples) < EXAMPLES:
-            self._examples.append({"file": piece.file, piece.unit: number, "reason": bad.reason, "detail": bad.detail})
+            self._examples.append({"file": part.file, part.unit: number, "reason": bad.reason, "detail": bad.detail})
         count = self._skipped.total()
         if count == self._task.patience and not self.documents and not self._number:
             (reason, _), example = self._skipped.most_common(1)[0], self._examples[0]
@@ -262,7 +263,7 @@ class _Shard:
         if (count := reader.num_records()) != self.documents:  # the writer says nothing of some failures
             raise OSError(f"{self._file}: {count} of {self.documents} documents arrived: is the disk full?")
         reader.close()
-        shard = (self._file.name, self._file.stat().st_size, _digest(self._file))
+        shard = (self._file.name, self._file.stat().st_size, digest(self._file))
         if self._scratch is not None:
             with self._file.open("rb") as source, (self._folder / self._file.name).open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)

@@ -21,6 +21,7 @@ from etils import epath
 
 from data import sources
 from data.index import content_hash
+from data.shards import digest
 
 FORMATS = ("jsonl", "parquet", "array_record", "manifest")
 DAMAGES = ("bits", "cut", "zeros", "bytes")
@@ -83,7 +84,9 @@ def write_array_record(folder: Path, records: list[dict[str, str]], manifest: bo
             names=np.array(names, np.str_),
         )
         size = sum(map(len, raw))
-        shard = {"file": file.name, "documents": len(raw), "bytes": size, "hash": ""}
+        index = file.with_suffix(".index.npz")
+        shard = {"file": file.name, "documents": len(raw), "bytes": size, "size": file.stat().st_size,
+                 "hash": digest(file), "index_hash": digest(index)}  # fmt: skip
         listed = {"version": 1, "documents": len(raw), "bytes": size, "shards": [shard]}
         (folder / "manifest.json").write_text(json.dumps(listed))
     return file

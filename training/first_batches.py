@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from data.batch import Batch
-from data.contents import Counts, Piece, pieces
+from data.contents import Counts, DecodedPiece, pieces
 from data.loader import Corpus
 from training.target_sources import Batches
 
@@ -55,7 +55,7 @@ class FirstBatches:
         self._counts = None
 
 
-def _cut(piece: Piece) -> dict[str, Any]:
+def _cut(piece: DecodedPiece) -> dict[str, Any]:
     spans, left = [], SAMPLE_CHARACTERS
     for text, counted in piece.spans:
         spans, left = [*spans, [text[:left], counted]] if left else spans, max(0, left - len(text))

@@ -210,8 +210,8 @@ def test_a_large_file_is_cut_at_lines(tmp_path: Path):
     starts = [i for i, byte in enumerate(raw) if byte == 10]
     for cut in [1, 50, len(raw) - 1, *(s + d for s in starts[:5] for d in (-1, 0, 1, 2))]:
         parts = [
-            records.Piece(str(path), "lines", 0, 0, 0, cut),
-            records.Piece(str(path), "lines", 0, 0, cut, len(raw)),
+            records.InputPart(str(path), "lines", 0, 0, 0, cut),
+            records.InputPart(str(path), "lines", 0, 0, cut, len(raw)),
         ]
         assert [load() for part in parts for _, load in records.records(part, "", lambda read: None)] == wanted + more
 
@@ -291,10 +291,10 @@ def test_a_failing_store_is_no_bad_record(tmp_path: Path, monkeypatch):
             raise OSError("the network is gone")
 
     # A decompressor's errors are OSErrors too.
-    piece = records.Piece(str(path), "lines", 0, 0)
+    part = records.InputPart(str(path), "lines", 0, 0)
     monkeypatch.setattr(backend._OsPathBackend, "open", lambda self, path, mode: Failing())
     with pytest.raises(OSError, match="the network is gone"):
-        list(records.records(piece, "", lambda read: None))
+        list(records.records(part, "", lambda read: None))
 
 
 def test_the_wrong_field_ends_soon_unless_all_is_borne(tmp_path: Path):

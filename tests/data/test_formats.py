@@ -87,7 +87,7 @@ def test_a_tree_of_text_is_a_document_a_file(tmp_path):
         (tmp_path / "in" / ignored).write_text("no")
     assert read(tmp_path / "in", tmp_path / "cache") == {"mine": ["B", "# C", "a = 1\n"]}
     (tmp_path / "in" / "b.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r'1 of 3 records are bad.*b\.txt: "text" is not Unicode'):
+    with pytest.raises(ValueError, match=r"1 of 3 records are bad.*b\.txt: invalid UTF-8"):
         read(tmp_path / "in", tmp_path / "cache")
 
 
@@ -106,8 +106,8 @@ BAD = {
     "not UTF-8": b'{"text": "\xff"}',
     "nested too deeply": b"[" * 100_000,
     "not JSON": b'{"text": "cut',
-    "an object with a string": b'{"text": ["a"]}',
-    '"text" is empty': b'{"text": " \\n"}',
+    'no string "text" or "content"': b'{"text": ["a"]}',
+    "empty": b'{"text": " \\n"}',
     "a line of 3,0": b'{"text": "' + b"x" * 2990 + b'"}' + b" " * 30,
 }
 

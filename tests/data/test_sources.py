@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from data import embedded, sources
+from data import embedded, records, sources
 from data.cache import cached
 
 
@@ -54,17 +54,25 @@ def test_a_changed_jsonl_is_indexed_anew(tmp_path):
     ("line", "what"),
     [
         ('{"text": "cut', "not JSON"),
-        ('["text"]', 'an object with a string "text"'),
-        ('{"txt": "a"}', 'an object with a string "text"'),
-        ('{"text": 3}', 'an object with a string "text"'),
-        ('{"text": "a", "domain": 7}', '"domain" must be a string'),
-        ('{"text": "\\ud800"}', '"text" is not Unicode'),
+        ('["text"]', "not an object"),
+        ('{"txt": "a"}', 'no string "text" or "content"'),
+        ('{"text": 3}', 'no string "text" or "content"'),
+        ('{"text": "a", "domain": 7}', '"domain" is no string'),
+        ('{"text": "\\ud800"}', "not Unicode"),
     ],
 )
 def test_a_bad_line_names_file_and_line(tmp_path, line, what):
     write_jsonl(tmp_path / "bad.jsonl", [{"text": "good"}, "", line])
     with pytest.raises(ValueError, match=f"bad.jsonl, line 3: .*{what}"):
         jsonl(tmp_path / "bad.jsonl", epath.Path(tmp_path / "cache"))
+
+
+def test_an_empty_domain_is_none(tmp_path):
+    """Here as in a conversion."""
+    write_jsonl(tmp_path / "d.jsonl", [{"text": "a", "domain": ""}, {"text": "b", "domain": None}, {"text": "c"}])
+    (source,) = sources.open_sources({"web": str(tmp_path / "d.jsonl")}, epath.Path(tmp_path / "cache"))
+    assert source.name == "web" and texts(source) == ["a", "b", "c"]
+    assert records.converted({"text": "a", "domain": ""}).domain == ""
 
 
 def test_nothing_to_read_is_said(tmp_path):

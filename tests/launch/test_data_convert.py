@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -11,7 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from etils import epath
 
+from data import sources
+from launch import cli, data_verify
 from launch import data_convert as convert
 from launch.cli import Parser
 
@@ -51,6 +55,39 @@ def test_it_says_what_it_did_and_that_there_is_nothing_to_do(tmp_path: Path, cap
     facts = json.loads(captured.out)
     assert not facts["fresh"] and facts["documents"] == 10 and facts["skipped"] == {"not JSON": 1}
     assert "nothing to do, it is all there" in captured.err
+
+
+def test_verify_names_what_is_damaged(tmp_path: Path, capsys):
+    """By the hashes of shards and indexes; a run says so of a shard of another size; both are written anew."""
+    path, out = write(tmp_path / "a.jsonl", 4000, domain="web"), tmp_path / "out"
+    convert_line = f"{path} --to {out} --shard-mb 1 --workers 1"
+    assert run(convert_line) == 0 and cli.main(["data", "verify", str(out)]) == 0
+    assert "as written: " in capsys.readouterr().out
+    shards = sorted(out.glob("*.array_record"))
+    assert len(shards) > 3
+    flipped, cut, index = shards[0], shards[1], shards[2].with_suffix(".index.npz")
+    whole = {file: file.read_bytes() for file in (flipped, cut, index)}
+    flipped.write_bytes(whole[flipped][:100] + bytes([whole[flipped][100] ^ 1]) + whole[flipped][101:])
+    cut.write_bytes(whole[cut][:-70_000])
+    index.write_bytes(b"nothing")
+    shards[3].unlink()
+    assert cli.main(["data", "verify", str(out), "--json"]) == 1
+    damaged = {found["file"]: found["why"] for found in json.loads(capsys.readouterr().out)["damaged"]}
+    assert set(damaged) == {flipped.name, cut.name, index.name, shards[3].name}
+    assert "hash differs" in damaged[flipped.name] and "bytes, not" in damaged[cut.name]
+    assert cli.main(["data", "verify", str(out)]) == 1
+    assert f"{out}: 4 damaged files of {len(shards)} shards" in capsys.readouterr().out
+    shards[3].write_bytes(b"")
+    lines: list[str] = []
+    with pytest.raises(ValueError, match=rf"records are bad.*{cut.name}"):
+        sources.open_sources({"x": str(out)}, epath.Path(tmp_path / "cache"), 0.0, lines.append)
+    assert any(f"{cut} has" in line and "so it is damaged" in line for line in lines)
+    for file in (flipped, index):
+        file.unlink()
+    assert run(convert_line) == 0 and cli.main(["data", "verify", str(out)]) == 0
+    assert all(file.read_bytes() == content for file, content in whole.items())
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json in"):
+        data_verify.run(argparse.Namespace(folder=str(tmp_path), json=False))
 
 
 def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, monkeypatch):

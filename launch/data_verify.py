@@ -1,0 +1,33 @@
+"""`llama4 data verify DIR`: whether converted shards are still what was written, by the hashes in their manifest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="a folder that llama4 data convert made")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON; the log goes to stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 where all is as it was written, 1 where a file is damaged."""
+    from data.verify import verify
+
+    facts = verify(args.folder, log=partial(print, file=sys.stderr, flush=True))
+    if args.json:
+        print(json.dumps(facts))
+        return 1 if facts["damaged"] else 0
+    for found in facts["damaged"]:
+        print(f"{found['file']} {found['why']}")
+    what = f"{facts['shards']} shards, {facts['documents']:,} documents, {facts['bytes'] / 1e6:,.1f} MB"
+    if facts["damaged"]:
+        print(f"{args.folder}: {len(facts['damaged'])} damaged files of {what}. Remove them, and the command that "
+              "converted the folder writes them anew")  # fmt: skip
+        return 1
+    unhashed = f" ({facts['unhashed']} have no hash in the manifest)" if facts["unhashed"] else ""
+    print(f"{args.folder}: as written: {what}{unhashed}")
+    return 0
