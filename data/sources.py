@@ -22,13 +22,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
 
 from data import array_record, embedded, formats, libraries
 from data.index import Index, Reader, content_hash, document, one_line, open_index
-from data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
 
 __all__ = ["EMBEDDED", "KINDS", "Source", "content_hash", "from_texts", "open_sources", "split"]
 

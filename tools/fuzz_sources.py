@@ -2,6 +2,9 @@
 
 A case is one of jsonl, parquet, array_record and array_record with its manifest, with bits flipped, an end cut off, a
 range zeroed or bytes put in. It must end in intact documents and counted bad records, or in one line of ValueError.
+How many records there were is known from what was written, not from the damaged file: of Parquet and ArrayRecord all
+must be read or counted, and of JSONL and Parquet every document must be read intact whose bytes were not touched.
+(JSON lines say nothing of how many they are: those of the damaged file must be read or counted.)
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +41,8 @@ class Outcome(NamedTuple):
     changed: int
     bad: int
     refused: str = ""
-    records: int = -1  # that the file holds, where that is known
+    records: int = -1  # that the file holds
+    lost: tuple[str, ...] = ()  # documents that were not touched, and not read
 
 
 def documents(seed: int = 0) -> list[str]:
@@ -92,23 +98,53 @@ def write_array_record(folder: Path, records: list[dict[str, str]], manifest: bo
     return file
 
 
-def damage(raw: bytes, how: str, rng: random.Random) -> bytes:
+def damage(raw: bytes, how: str, rng: random.Random) -> tuple[bytes, list[range]]:
+    """The damaged bytes, and where the original was touched; behind bytes that were put in nothing is where it was."""
     new, at = bytearray(raw), rng.randrange(len(raw))
+    touched = [range(at, len(raw))]
     if how == "bits":
-        for _ in range(rng.choice((1, 1, 3, 20))):
-            new[rng.randrange(len(new))] ^= 1 << rng.randrange(8)
+        places = [rng.randrange(len(new)) for _ in range(rng.choice((1, 1, 3, 20)))]
+        for place in places:
+            new[place] ^= 1 << rng.randrange(8)
+        touched = [range(place, place + 1) for place in places]
     elif how == "cut":
         del new[at:]
     elif how == "zeros":
         end = min(len(new), at + rng.choice((1, 8, 100, 2000)))
         new[at:end] = bytes(end - at)
+        touched = [range(at, end)]
     else:
         new[at:at] = rng.randbytes(rng.choice((1, 8, 100)))
-    return bytes(new)
+    return bytes(new), touched
 
 
-def outcome(file: Path, kind: str, texts: list[str], cache: Path) -> Outcome:
-    """Read all documents; anything but a ValueError of one line goes up."""
+def untouched(file: Path, kind: str, texts: list[str], how: str, touched: list[range]) -> list[str]:
+    """Documents of the file, which is not damaged yet, that any reader should find again."""
+    if kind == "jsonl":
+        ends = np.cumsum([len(line) for line in file.read_bytes().splitlines(keepends=True)]).tolist()
+        if how == "bytes":  # lines behind are as they were
+            touched = [range(touched[0].start, touched[0].start + 1)]
+        spans = [range(max(start - 1, 0), end) for start, end in pairwise([0, *ends])]  # with the newlines at both ends
+    elif kind == "parquet":
+        from pyarrow import parquet
+
+        found = parquet.read_metadata(file)
+        spans: list[range] = []
+        for group in map(found.row_group, range(found.num_row_groups)):
+            columns = [group.column(i) for i in range(group.num_columns)]
+            first = min(c.dictionary_page_offset or c.data_page_offset for c in columns)
+            last = max((c.dictionary_page_offset or c.data_page_offset) + c.total_compressed_size for c in columns)
+            spans += [range(first, last)] * group.num_rows
+        if any(t.stop > spans[-1].stop or t.start < spans[0].start for t in touched):  # the footer, the first bytes
+            return []
+    else:
+        return []
+    return [text for text, span in zip(texts, spans, strict=True)
+            if not any(max(t.start, span.start) < min(t.stop, span.stop) for t in touched)]  # fmt: skip
+
+
+def outcome(file: Path, kind: str, texts: list[str], cache: Path, wanted: Sequence[str] = ()) -> Outcome:
+    """Read all documents; anything but a ValueError of one line goes up. `wanted` should be among them."""
     try:
         found = sources.open_sources({"x": str(file)}, epath.Path(cache), BUDGET)
         read = [source[i] for source in found for i in range(len(source))]
@@ -118,17 +154,9 @@ def outcome(file: Path, kind: str, texts: list[str], cache: Path) -> Outcome:
     known = set(texts)
     intact = sum(text in known for text in read)
     bad = sum(source.skipped for source in found)
-    return Outcome(intact, len(read) - intact, bad, records=_records(file, kind))
-
-
-def _records(file: Path, kind: str) -> int:
-    if kind == "jsonl":
-        return sum(bool(line.strip()) for line in file.read_bytes().split(b"\n"))
-    if kind == "parquet":
-        from pyarrow import parquet
-
-        return parquet.read_metadata(file).num_rows
-    return DOCUMENTS  # a footer with a checksum
+    lines = [line for line in file.read_bytes().split(b"\n") if line.strip()] if kind == "jsonl" else texts
+    lost = tuple((Counter(wanted) - Counter(read)).elements())
+    return Outcome(intact, len(read) - intact, bad, records=len(lines), lost=lost)
 
 
 def case(number: int, seed: int, kind: str, folder: Path) -> tuple[str, Outcome]:
@@ -138,8 +166,10 @@ def case(number: int, seed: int, kind: str, folder: Path) -> tuple[str, Outcome]
     how = DAMAGES[number // len(FORMATS) % len(DAMAGES)]
     shutil.rmtree(folder, ignore_errors=True)
     file = write(folder / "shards", kind, texts)
-    file.write_bytes(damage(file.read_bytes(), how, rng))
-    return how, outcome(file, kind, texts, folder / "cache")
+    raw, touched = damage(file.read_bytes(), how, rng)
+    wanted = untouched(file, kind, texts, how, touched)
+    file.write_bytes(raw)
+    return how, outcome(file, kind, texts, folder / "cache", wanted)
 
 
 def check(kind: str, how: str, got: Outcome) -> str:
@@ -147,6 +177,7 @@ def check(kind: str, how: str, got: Outcome) -> str:
     if got.refused:
         return "refused"
     assert got.intact + got.changed + got.bad == got.records, (kind, how, got)
+    assert not got.lost, (kind, how, got)
     if kind in ("array_record", "manifest"):
         assert not got.changed, (kind, how, got)  # its checksums see every change
     return "changed" if got.changed else "skipped" if got.bad else "intact"

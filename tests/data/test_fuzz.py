@@ -24,9 +24,14 @@ def test_damaged_shards_lose_nothing_without_a_word(tmp_path, kind):
 @pytest.mark.parametrize("kind", fuzz.FORMATS)
 def test_what_is_not_damaged_is_read_whole(tmp_path, kind):
     file = fuzz.write(tmp_path / "shards", kind, fuzz.documents())
-    assert fuzz.outcome(file, kind, fuzz.documents(), tmp_path / "cache") == (fuzz.DOCUMENTS, 0, 0, "", fuzz.DOCUMENTS)
+    wanted = fuzz.untouched(file, kind, fuzz.documents(), "bits", [])
+    assert len(wanted) == (fuzz.DOCUMENTS if kind in ("jsonl", "parquet") else 0)
+    got = fuzz.outcome(file, kind, fuzz.documents(), tmp_path / "cache", wanted)
+    assert got == (fuzz.DOCUMENTS, 0, 0, "", fuzz.DOCUMENTS, ())
 
 
 def test_a_silent_loss_would_be_seen():
     with pytest.raises(AssertionError):
         fuzz.check("jsonl", "bits", fuzz.Outcome(58, 0, 1, records=60))
+    with pytest.raises(AssertionError):
+        fuzz.check("parquet", "bits", fuzz.Outcome(44, 0, 16, records=60, lost=("a document",)))

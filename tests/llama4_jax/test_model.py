@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from data.packing import Document, build_batch, cut, pack
 from llama4_jax.axes import Execution, is_variable
 from llama4_jax.config import MODELS, LayerKind, ModelConfig, Rope, behemoth, maverick, scout, tiny_maverick, tiny_scout
 from llama4_jax.kernels.attention import reference
@@ -125,6 +126,36 @@ def test_packed_documents_give_the_logits_of_each_alone(cfg):
         alone_BTV = run(*map(jnp.asarray, alone))
         got, want = packed_BTV[row, start : start + length], alone_BTV[0, :length]
         assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_rows_of_eight_chunks_as_they_are_packed_give_the_logits_of_each_document_alone():
+    """Documents of 2 tokens to a whole row and more, in the rows that `data.packing` makes of them."""
+    graphdef, state = make(SCOUT)
+    rng, T = np.random.default_rng(3), 8 * CHUNK
+    lengths = [T + 5, 5 * CHUNK + 1, 3 * CHUNK, 2 * CHUNK + 3, CHUNK, CHUNK - 1, 7, 5, 3, 3, 2, 2]
+    documents = {(0, n): Document(rng.integers(0, SCOUT.vocab_size, length, np.int32), 0, n, True)
+                 for n, length in enumerate(lengths)}  # fmt: skip
+    rows = pack([span for key, d in documents.items() for span in cut(key, len(d.tokens), T)], T, CHUNK)
+    batch = build_batch([(row, documents) for row in rows], T, 0)
+    assert max(batch.segment_ids.max(axis=1)) > 3 and len(rows) > 2
+
+    @jax.jit
+    def run(tokens_BT, positions_BT, segment_ids_BT):
+        out = nnx.merge(graphdef, state)(tokens_BT, positions_BT, segment_ids_BT)
+        return jnp.einsum("BTD,DV->BTV", out.hidden, out.unembedding)
+
+    packed_BTV = run(*map(jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids)))
+    pieces = [(row, piece) for row, of in enumerate(rows) for piece in of]
+    alone = np.zeros((3, len(pieces), T), np.int32)
+    for n, (_, piece) in enumerate(pieces):
+        length = piece.stop - piece.start
+        tokens = documents[piece.key].tokens[piece.start : piece.stop]
+        alone[:, n, :length] = tokens, np.arange(length), np.ones(length)
+    alone_BTV = run(*map(jnp.asarray, alone))
+    for n, (row, piece) in enumerate(pieces):
+        length = piece.stop - piece.start
+        got, want = packed_BTV[row, piece.at : piece.at + length], alone_BTV[n, :length]
+        assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max(), piece
 
 
 def test_chunks_of_the_row_are_chunks_of_the_documents():
