@@ -19,9 +19,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from configs import full
 from configs.pretrain import scout_8k, tiny
 from data.config import DataConfig
-from training.config import RunConfig
+from training.config import MeshConfig, RunConfig, Schedule, Stage
 
 TEMPERATURE = 1 / 0.3
 
@@ -42,6 +43,9 @@ DOMAINS = {
     "books": Domain("array_record:corpus/books", 0.08),
 }
 MULTILINGUAL = 0.17
+# The long-context stage: its part of all tokens, and by how much more often it reads what is long (untuned).
+LONG = 0.05
+LONGER = {"books": 4.0, "code": 2.0, "scientific": 2.0}
 # Language -> its tokens, in any unit, and a folder corpus/multilingual/LANGUAGE.
 LANGUAGES = {
     "de": 300.0, "es": 280.0, "fr": 260.0, "ru": 250.0, "ja": 150.0, "zh": 140.0, "pt": 120.0, "it": 110.0, "pl": 60.0,
@@ -57,6 +61,13 @@ def by_temperature(sizes: Mapping[str, float], tau: float) -> dict[str, float]:
     powers = {name: (size / largest) ** (1 / tau) for name, size in sizes.items()}
     total = sum(powers.values())
     return {name: power / total for name, power in powers.items()}
+
+
+def raised(shares: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
+    """The shares with some of them multiplied, made to sum to 1 again."""
+    new = {name: share * factors.get(name, 1.0) for name, share in shares.items()}
+    total = sum(new.values())
+    return {name: share / total for name, share in new.items()}
 
 
 def mixture(domains: Mapping[str, Domain], languages: Mapping[str, Domain], vocab_size: int) -> DataConfig:
@@ -81,14 +92,23 @@ def _languages() -> dict[str, Domain]:
 def scout_mix() -> RunConfig:
     """Scout as in `pretrain:scout_8k`, on a table of domains to fill in, languages by temperature.
 
+    The last 5% of the tokens are in rows of 262,144, as in `pretrain:scout_256k`, and have more books and code.
+
     Command:  llama4 train pretrain_mix:scout_mix --data.tokenizer tokenizer.model
               (documents under corpus/, or the places of `DOMAINS` in configs/pretrain_mix.py)
-    Hardware: 128 v5p (v5p:4x4x8)
+    Hardware: 128 v5p (v5p:4x4x8), for the long rows 256 (v5p:4x8x8), where the same command goes on
     Result:   never run; llama4 plan pretrain_mix:scout_mix --topology v5p:4x4x8
     """
     base = scout_8k()
     data = mixture(DOMAINS, _languages(), base.data.vocab_size)
-    return replace(base, name="pretrain_mix:scout_mix", data=data)
+    after, batch = round((1 - LONG) * base.train.steps), 8
+    long_steps = round(LONG * full.TOKENS["scout"] / (batch * full.LONG))
+    stage = Stage(
+        after, batch, full.LONG, weights=raised(data.weights, LONGER), mesh=MeshConfig(context=32), microbatches=1,
+        schedule=Schedule(full.LONG_RATE, decay=1.0, final=0.0),
+    )  # fmt: skip
+    train = replace(base.train, steps=after + long_steps)
+    return replace(base, name="pretrain_mix:scout_mix", data=data, train=train, stages=(stage,))
 
 
 def tiny_mix() -> RunConfig:

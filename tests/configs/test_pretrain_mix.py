@@ -28,6 +28,19 @@ def test_the_table_is_a_mixture():
     assert large / small == pytest.approx(3000**0.3)
 
 
+def test_its_long_stage_reads_what_is_long_for_a_twentieth_of_the_tokens():
+    cfg = configs.find("pretrain_mix:scout_mix")
+    (stage,) = cfg.stages
+    long = cfg.at(stage.after)
+    tokens = [stage.after * cfg.train.batch * cfg.train.seq_len,
+              (cfg.train.steps - stage.after) * long.train.batch * long.train.seq_len]  # fmt: skip
+    assert long.train.seq_len == 262_144 and tokens[1] / sum(tokens) == pytest.approx(0.05, rel=1e-3)
+    before, then = cfg.data.weights, long.data.weights
+    assert before.keys() == then.keys() and sum(then.values()) == pytest.approx(1)
+    assert then["books"] / then["web"] == pytest.approx(4 * before["books"] / before["web"])
+    assert then["books"] > 2 * before["books"] and then["web"] < before["web"]
+
+
 def test_shares_that_do_not_sum_to_one_are_refused():
     web = {"web": mix.Domain("jsonl:x", 0.6)}
     with pytest.raises(ValueError, match=r"must sum to 1, not 0\.6"):
