@@ -34,7 +34,7 @@ from data.shards import EXAMPLES, STATE, WRITER, Options, Seal, Task, read_json,
 
 VERSION = 1
 COMPRESSION = 4  # what compressed text is taken to grow by, where tasks are cut
-EVERY = 5.0  # seconds between two lines of progress
+EVERY = 5.0  # seconds
 Log = Callable[[str], None]
 
 
@@ -145,7 +145,7 @@ def _gather(parts: Iterable[InputPart], weight: int) -> Iterator[tuple[InputPart
 
 def convert(paths: Sequence[epath.PathLike], folder: epath.PathLike, options: Options, *, workers: int = 1,
             budget: float = 0.001, again: bool = False, beam: Sequence[str] | None = None,
-            log: Log = print) -> tuple[dict[str, Any], bool]:  # fmt: skip
+            log: Log = print, every: float = EVERY) -> tuple[dict[str, Any], bool]:  # fmt: skip
     """Converts files and folders of them into `folder`; returns its manifest, and whether there was anything to do.
 
     Args:
@@ -153,6 +153,7 @@ def convert(paths: Sequence[epath.PathLike], folder: epath.PathLike, options: Op
       budget: the share of records that may be bad
       again: start over where the inputs or the options changed
       beam: Apache Beam's options, where a pipeline is to run the tasks
+      every: seconds between two lines of progress to `log`
     Raises:
       ValueError, FileNotFoundError: as `make_plan` and `manifest`; or `folder` holds something else
     """
@@ -169,7 +170,7 @@ def convert(paths: Sequence[epath.PathLike], folder: epath.PathLike, options: Op
         _run_beam(tasks, beam)
         seals = [read_seals(task) for task in tasks]
     else:
-        seals = _run(tasks, workers, log)
+        seals = _run(tasks, workers, log, every)
     found = manifest(plan, [seal for task in seals for seal in task], budget)
     (target / "manifest.json").write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
     return found, True
@@ -237,10 +238,11 @@ def _clear(folder: epath.Path) -> None:
 class _Progress:
     """Counts of all workers, in shared memory; a line about them every few seconds while the block runs."""
 
-    def __init__(self, tasks: Sequence[Task], log: Log):
+    def __init__(self, tasks: Sequence[Task], log: Log, every: float):
         self.counts = multiprocessing.get_context("spawn").Array("q", 4)
         self._total = max(sum(task.size for task in tasks), 1)
-        self._log, self._begun, self._ended = log, time.monotonic(), threading.Event()
+        self._log, self._every = log, every
+        self._begun, self._ended = time.monotonic(), threading.Event()
 
     def line(self) -> str:
         read, documents, text, kept = self.counts[:]
@@ -265,7 +267,7 @@ class _Progress:
             self._log(self.line())
 
     def _show(self) -> None:
-        while not self._ended.wait(EVERY):
+        while not self._ended.wait(self._every):
             self._log(self.line())
 
 
@@ -287,9 +289,9 @@ class _Reporter:
         self._documents = self._text = 0
 
 
-def _run(tasks: Sequence[Task], workers: int, log: Log) -> list[list[Seal]]:
+def _run(tasks: Sequence[Task], workers: int, log: Log, every: float) -> list[list[Seal]]:
     """The seals of all tasks, in this process or in a pool, whose processes do not outlive this one."""
-    progress = _Progress(tasks, log)
+    progress = _Progress(tasks, log, every)
     workers = min(workers, len(tasks))
     with progress.shown():
         if workers == 1:

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from functools import partial
 
 SHOWN = 3  # skipped records
 
@@ -32,18 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from data.convert import convert, describe
+    from data.convert import EVERY, convert, describe
     from data.shards import Options
+    from launch.startup import progress
 
     if args.beam_args is not None and args.runner != "beam":
         raise ValueError("--beam-args are for --runner beam")
     options = Options(args.name, args.shard_mb, args.text_field, args.domain, tuple(args.plain))
     beam = (args.beam_args or []) if args.runner == "beam" else None
-    log = partial(print, file=sys.stderr, flush=True)
     workers = os.cpu_count() or 1 if args.workers is None else args.workers
-    found, fresh = convert(
-        args.inputs, args.to, options, workers=workers, budget=args.bad_records, again=args.again, beam=beam, log=log
-    )
+    with progress() as log:
+        found, fresh = convert(
+            args.inputs, args.to, options, workers=workers, budget=args.bad_records, again=args.again, beam=beam,
+            log=log, every=1.0 if sys.stderr.isatty() else EVERY,
+        )  # fmt: skip
     shards, skipped, left_out = len(found["shards"]), found["skipped"], found["left_out"]
     facts = dict(folder=args.to, fresh=fresh, shards=shards)
     facts |= {name: found[name] for name in ("documents", "bytes", "skipped", "left_out")}

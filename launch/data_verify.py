@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from functools import partial
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 where all is as it was written, 1 where a file is damaged."""
     from data.verify import verify
+    from launch.startup import progress
 
-    facts = verify(args.folder, log=partial(print, file=sys.stderr, flush=True))
+    with progress() as log:
+        facts = verify(args.folder, log=log)
     if args.json:
         print(json.dumps(facts))
         return 1 if facts["damaged"] else 0

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +22,33 @@ if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
 
+BAR = 20  # characters
+
+
 def cache_folder() -> Path:
     """Where derived files live that any run may share: $XDG_CACHE_HOME/llama4_jax, or ~/.cache/llama4_jax."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama4_jax"
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A log on stderr for lines of progress: on a terminal each takes the place of the one before, behind a bar that
+    shows the share it names ("42%")."""
+    if not sys.stderr.isatty():
+        yield partial(print, file=sys.stderr, flush=True)
+        return
+
+    def show(line: str) -> None:
+        if found := re.search(r"\b(\d+)%", line):
+            done = int(found[1]) * BAR // 100
+            line = f"{'█' * done}{'░' * (BAR - done)} {line}"
+        columns = shutil.get_terminal_size().columns
+        print(f"\r\x1b[2K{line[: columns - 1]}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        print(file=sys.stderr)
 
 
 def open_corpus(cfg: RunConfig, log: Callable[[str], object] = print) -> Corpus:
