@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.lanes import DataEnds, Domain, Lanes, LaneState
 from data.mixture import Order
@@ -102,6 +104,19 @@ def test_a_state_is_some_numbers(pool):
         assert LaneState.from_json(json.loads(text)) == lanes.states[5]
         sizes.append(len(text))
     assert max(sizes) < 1000 and np.mean(sizes) < 500
+
+
+@given(st.data())
+def test_a_state_is_written_and_read_again(data):
+    """Whatever waits: documents in a row, with gaps, and later parts of them, of several domains."""
+    read = data.draw(st.lists(st.integers(0, 60), min_size=1, max_size=4))
+    places = [(d, place) for d, n in enumerate(read) for place in range(n)]
+    keys = data.draw(st.sets(st.sampled_from(places))) if places else set()
+    waiting = sorted((key, start * 64) for key in keys for start in data.draw(st.sets(st.integers(0, 3), min_size=1)))
+    after = data.draw(st.sampled_from([(), tuple(n + 5 for n in read)]))
+    counts = tuple(100 * n for n in read)
+    state = LaneState(3, 2, tuple(read), counts, after, tuple(n // 2 for n in counts), tuple(waiting))
+    assert LaneState.from_json(json.loads(json.dumps(state.to_json()))) == state
 
 
 def test_a_state_stays_small_where_tiny_documents_lie_beside_long_ones(pool):
