@@ -373,10 +373,10 @@ class _Reporter:
         if self.writers and held_out:  # a checkpoint may follow: the file must have what came before it
             self.writers.flush()
 
-    def _seen(self) -> dict[str, float]:
+    def _seen(self) -> dict[str, int | float]:
         """Labels trained on so far in the run, in all and by domain, and the passes over each domain that those make
         (by the tokens that one has, which are estimated; `llama4 data ledger` counts documents)."""
-        out: dict[str, float] = {"tokens_seen": self.tokens_seen}
+        out: dict[str, int | float] = {"tokens_seen": self.tokens_seen}
         for name in self.domains:
             seen = self.domain_tokens.get(name, 0)
             out |= {f"tokens_seen/{name}": seen, f"epoch/{name}": round(seen / self.pass_tokens[name], 4)}

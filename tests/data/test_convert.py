@@ -77,11 +77,9 @@ def parquet(path: Path, found: list[dict[str, Any]], rows: int, schema: pa.Schem
 
 
 def run(
-    paths: list[Path], to: Path | str, *, workers: int = 1, budget: float = 0.0, again: bool = False,
-    beam: list[str] | None = None, **options: Any,
-):  # fmt: skip
-    made = Options(**options)
-    return convert(paths, to, made, workers=workers, budget=budget, again=again, beam=beam, log=ignore)
+    paths: list[Path], to: Path | str, *, workers: int = 1, budget: float = 0.0, again: bool = False, **options: Any
+):
+    return convert(paths, to, Options(**options), workers=workers, budget=budget, again=again, log=ignore)
 
 
 def read(folder: Path | epath.Path) -> list[dict[str, Any]]:
@@ -492,17 +490,3 @@ def test_what_was_converted_is_a_source(tmp_path, monkeypatch):
     read = {source.name: [source[n] for n in range(len(source))] for source in found}
     assert read == {"a": [t for n, t in enumerate(texts) if n % 3], "b": texts[::3]}
     assert [list(source.sizes) for source in found] == [[len(t) for t in read[name]] for name in ("a", "b")]
-
-
-@pytest.mark.slow
-def test_a_beam_pipeline_writes_the_same_shards(tmp_path: Path):
-    """With the extra beam, on its runner of this machine."""
-    pytest.importorskip("apache_beam")
-    for name in "abc":
-        (tmp_path / f"{name}.jsonl").write_bytes(lines(documents(400, 2000)))
-    inputs = [tmp_path / f"{name}.jsonl" for name in "abc"]
-    by_beam, fresh = run(inputs, tmp_path / "beam", shard_mb=1, beam=["--runner=DirectRunner"])
-    assert fresh and by_beam["documents"] == 1200 and len(by_beam["shards"]) > 3
-    assert run(inputs, tmp_path / "here", shard_mb=1)[0] == by_beam
-    assert content(tmp_path / "beam") == content(tmp_path / "here")
-    assert run(inputs, tmp_path / "beam", shard_mb=1, beam=["--runner=DirectRunner"]) == (by_beam, False)
