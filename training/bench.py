@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from data.batch import Batch
 from data.packing import Document, Piece, Row, build_batch
