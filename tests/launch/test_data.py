@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from launch import cli
+from data.config import DataConfig
+from data.loader import Corpus, ledger
+from launch import cli, data_ledger
 
 
 def output(line: str, capsys) -> str:
@@ -55,6 +57,20 @@ def test_data_begins_with_the_batch_of_a_step(corpus: Path, capsys):
         assert error in capsys.readouterr().err
     assert cli.main(["data", "inspct"]) == 2
     assert "no action 'inspct'; the nearest is 'inspect'" in capsys.readouterr().err
+
+
+def test_the_ledger_counts_what_was_handed_out(tmp_path: Path):
+    """To the row, in a stage and in the run."""
+    corpus = Corpus.open(DataConfig(synthetic=True, vocab_size=400), tmp_path, lambda line: None)
+    place, tokens = None, []
+    for batch, seq_len in ((3, 64), (2, 128)):
+        stream = corpus.train(batch, seq_len, 64, 0, place=place, crossing=True)
+        tokens.append(sum(int((next(stream).segment_ids > 0).sum()) for _ in range(5)))
+        place = json.loads(json.dumps(stream.get_state())) | {"tokens_seen": 0}
+        stream.close()
+        found = data_ledger.count(corpus, place)["domains"]["synthetic"]
+        assert (found["tokens"], found["run_tokens"]) == (tokens[-1], sum(tokens))
+    assert found["documents"] == sum(1 for _ in ledger(corpus, place)) and found["share"] == found["wanted"] == 1
 
 
 def test_tokenizer_goes_round(corpus: Path, tmp_path: Path, capsys):
