@@ -28,6 +28,8 @@ from launch import overrides
 COMMANDS = {
     "demo": ("launch.demo", "train a tiny teacher and two students here, export, verify, let them write, report"),
     "train": ("launch.train", "train a preset, with any of its fields overridden"),
+    "launch": ("launch.launch", "train on several hosts: SLURM, Kubernetes, SkyPilot, Ray, TPU VMs, MPI, or here"),
+    "status": ("launch.status", "how far a run is, whether it goes on, and what became of its time"),
     "targets": ("launch.targets", "write a teacher's soft targets for students to read, or show what a folder holds"),
     "export": ("launch.export", "turn a run's checkpoint into a Hugging Face folder"),
     "import": ("launch.import_", "turn a Hugging Face folder into a run's checkpoint"),
@@ -53,6 +55,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The exit status of a command. A process of several that fails ends here: nothing waits for it."""
+    try:
+        status = _run(argv)
+    except BaseException as error:
+        if distributed := _joined():
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            distributed.leave(distributed.DIED)
+        raise
+    if distributed := _joined():
+        distributed.leave(status)
+    return status
+
+
+def _joined() -> ModuleType | None:
+    """`launch.distributed`, if the command had a use for it."""
+    return sys.modules.get("launch.distributed")
+
+
+def _run(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args, run = _parse(argv)

@@ -13,7 +13,8 @@ import sys
 from typing import Any
 
 import configs
-from launch import overrides
+from launch import distributed, overrides
+from launch.place import ALONE, Place
 from training.config import RunConfig
 
 TAKES_OVERRIDES = True
@@ -29,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     cfg = configuration(args)
+    place = distributed.initialize(cfg)
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        summary = train(cfg)
-    if args.json:
+        summary = train(cfg, place)
+    if args.json and place.process == 0:
         print(json.dumps(summary))
     return status(summary)
 
@@ -70,12 +72,14 @@ def find(name: str) -> RunConfig:
         raise ValueError(f"{stored} is not a run's configuration: {error}") from error
 
 
-def train(cfg: RunConfig) -> dict[str, Any]:
+def train(cfg: RunConfig, place: Place = ALONE) -> dict[str, Any]:
     """Open the data and train; the summary of `training.loop.train`."""
     from launch.startup import open_corpus
     from training import loop
 
-    return loop.train(cfg, open_corpus(cfg))
+    corpus = open_corpus(cfg, print if place.process == 0 else lambda _: None)
+    distributed.agree(place, {"tokenizer": corpus.tokenizer.hash, "data": corpus.hash})
+    return loop.train(cfg, corpus)
 
 
 def status(summary: dict[str, Any]) -> int:

@@ -1,0 +1,43 @@
+"""Open MPI: one mpirun line, from one of the hosts or beside them."""
+
+from __future__ import annotations
+
+import shlex
+
+from launch.render import shell
+from launch.render.job import Artefact, JobSpec
+
+
+def render(spec: JobSpec) -> Artefact:
+    """mpirun ends all processes when one fails, and hands SIGTERM on to them. Its first host is where they meet."""
+    if spec.platform == "tpu":
+        raise ValueError(f"mpi runs on GPUs and CPUs, not on {spec.topology}: jobset, xpk, ray and tpu-vm run on TPUs")
+    if spec.hosts > 1 and not spec.hostfile:
+        raise ValueError(f"mpi on {spec.hosts} hosts needs --hostfile FILE, a host a line, the first one to meet at")
+    total = spec.hosts * spec.processes
+    where = ["--hostfile", spec.hostfile, "--map-by", f"ppr:{spec.processes}:node"] if spec.hostfile else []
+    secrets = [word for name, _ in spec.secrets for word in ("-x", name)]
+    mpirun = shell.line("mpirun", "-np", str(total), *where, "--bind-to", "none", "-x", "JAX_COORDINATOR_ADDRESS",
+                        *secrets)  # fmt: skip
+    first = f"$(awk '!/^[[:space:]]*(#|$)/ {{ print $1; exit }}' {shlex.quote(spec.hostfile)})" if spec.hostfile else ""
+    lines = [
+        "#!/usr/bin/env bash",
+        shell.header(spec, "mpi"),
+        "set -uo pipefail",
+        *([f"cd {shlex.quote(spec.workdir)} || exit 2"] if spec.workdir else []),
+        *shell.required(spec),
+        f'export JAX_COORDINATOR_ADDRESS="{first or "localhost"}:{spec.port}"',
+        *shell.rank(spec, *([f"cd {shlex.quote(spec.workdir)} || exit 2"] if spec.workdir else [])),
+        "",
+        f"for ((attempt = 0; attempt <= {spec.restarts}; attempt++)); do",
+        f"  {mpirun} bash -c {shell.CALL} && exit",
+        "  status=$?",
+        f"  {shell.line(spec.program, 'status', spec.folder, '--restart')} || break",
+        "done",
+        'exit "$status"',
+    ]
+    return Artefact(
+        f"{spec.name}.sh", "\n".join(lines) + "\n", ("bash", "{file}"), shell.line(spec.program, "status", spec.folder),
+        "pkill -TERM -f ... is not needed: SIGTERM to mpirun reaches every process, which stop with a checkpoint",
+        "the same command", "openmpi-bin, or a module of your cluster",
+    )  # fmt: skip
