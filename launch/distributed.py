@@ -44,7 +44,9 @@ def initialize(cfg: RunConfig) -> Place:
     mine = preflight.report(place, cfg.folder, dataclasses.asdict(cfg))
     hosts = preflight.meet(place, mine, wait, say)
     if place.process == 0:
-        say(f"{place.processes} processes on {len(set(hosts))} hosts agree ({place.how}, {time.monotonic() - began:.1f} s)")
+        count = len(set(hosts))
+        say(f"{place.processes} processes on {count} host{'s' * (count > 1)} agree ({place.how}, "
+            f"{time.monotonic() - began:.1f} s)")  # fmt: skip
     import jax
 
     ids = os.environ.get("JAX_LOCAL_DEVICE_IDS")
@@ -130,14 +132,21 @@ class _Labelled:
             self._fresh = lines[-1].endswith("\n")
         return len(text)
 
+    def isatty(self) -> bool:
+        """No bar is drawn on it."""
+        return False
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 def label(place: Place) -> None:
-    """Lines of this process begin with its rank; those of the first one on a terminal do not, where the progress bar is."""
+    """Lines of this process begin with its rank; not those of the first one on a terminal, where the progress bar is.
+
+    Open MPI makes every process believe that it has a terminal.
+    """
     mark = f"[{place.process}/{place.processes} {place.host}] "
-    if place.process or not sys.stdout.isatty():
+    if place.process or place.how == "mpi" or not sys.stdout.isatty():
         sys.stdout = _Labelled(sys.stdout, mark)  # type: ignore[assignment]
         sys.stderr = _Labelled(sys.stderr, mark)  # type: ignore[assignment]
 

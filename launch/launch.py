@@ -75,9 +75,10 @@ def run(args: argparse.Namespace) -> int:
     if args.target not in TARGETS:
         near = difflib.get_close_matches(args.target, TARGETS, n=1, cutoff=0)[0]
         raise ValueError(f"no target {args.target!r}; the nearest is {near!r} (all: {', '.join(TARGETS)})")
-    from launch.train import configuration
+    from launch.train import configuration, find
 
-    cfg = configuration(args)
+    # A run to begin from may lie where only the hosts can see it.
+    cfg = overrides.apply(find(args.name), args) if args.source and args.name else configuration(args)
     spec = job(args, cfg)
     made = render(args.target, spec)
     check_mesh(cfg, spec)
@@ -155,9 +156,9 @@ def check_mesh(cfg: RunConfig, spec: JobSpec) -> None:
 
     no_device_needed()
     devices = stand_ins(spec)
-    stage = next((cfg.at(done) for done in (0, *(s.after for s in cfg.stages)) if cfg.at(done).mesh.suits(len(devices))),
-                 cfg.at(0))  # fmt: skip
-    check_fits(stage, make_mesh(stage.mesh, devices))
+    stages = [cfg.at(done) for done in (0, *(stage.after for stage in cfg.stages))]
+    for stage in [one for one in stages if one.mesh.suits(len(devices))] or stages[:1]:
+        check_fits(stage, make_mesh(stage.mesh, devices))
 
 
 def stand_ins(spec: JobSpec) -> list[Any]:

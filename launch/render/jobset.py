@@ -12,8 +12,9 @@ from launch.render.job import KINDS, Artefact, JobSpec
 from launch.render.sky import Block, Dumper
 
 WORKERS = "workers"
-AGAIN = (70, 75, *range(128, 160))
-"""Exit codes after which a job is started again: it stopped for a signal, or died of one. All others end it."""
+AGAIN = (70, 75, 134, 137, 139, 143)
+"""Exit codes after which a job is started again: a peer or device was lost (70), it stopped for a signal with a
+checkpoint (75), or died of one (SIGABRT, SIGKILL, SIGSEGV, SIGTERM). All others end it."""
 KILLED = 30
 """Seconds of a pod's grace that are left to the kubelet."""
 

@@ -17,7 +17,8 @@ def render(spec: JobSpec) -> Artefact:
     total = spec.hosts * spec.processes
     where = ["--hostfile", spec.hostfile, "--map-by", f"ppr:{spec.processes}:node"] if spec.hostfile else []
     secrets = [word for name, _ in spec.secrets for word in ("-x", name)]
-    mpirun = shell.line("mpirun", "-np", str(total), *where, "--bind-to", "none", "-x", "JAX_COORDINATOR_ADDRESS",
+    mpirun = shell.line("mpirun", "-np", str(total), *where, "--bind-to", "none", "--mca",
+                        "odls_base_sigkill_timeout", str(spec.grace), "-x", "JAX_COORDINATOR_ADDRESS",
                         *secrets)  # fmt: skip
     first = f"$(awk '!/^[[:space:]]*(#|$)/ {{ print $1; exit }}' {shlex.quote(spec.hostfile)})" if spec.hostfile else ""
     lines = [
@@ -38,6 +39,6 @@ def render(spec: JobSpec) -> Artefact:
     ]
     return Artefact(
         f"{spec.name}.sh", "\n".join(lines) + "\n", ("bash", "{file}"), shell.line(spec.program, "status", spec.folder),
-        "pkill -TERM -f ... is not needed: SIGTERM to mpirun reaches every process, which stop with a checkpoint",
+        "SIGTERM to mpirun: every process stops after its step, with a checkpoint",
         "the same command", "openmpi-bin, or a module of your cluster",
     )  # fmt: skip

@@ -76,7 +76,7 @@ def render(spec: JobSpec) -> Artefact:
         "gpu": spec.platform == "gpu",
         "secrets": [name for name, _ in spec.secrets],
         "restarts": spec.restarts,
-        "jax": {} if spec.platform == "tpu" else {"use_gpu": True},
+        "jax": {"use_tpu" if spec.platform == "tpu" else "use_gpu": True},  # use_gpu starts it on CPUs, too
         "scaling": _scaling(spec),
     }  # fmt: skip
     literal = pprint.pformat(job, width=100, sort_dicts=False)

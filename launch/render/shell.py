@@ -31,23 +31,22 @@ def describe(spec: JobSpec) -> str:
     return f"{hosts}{each}{slices}, {spec.topology or cpus}"
 
 
-def exports(spec: JobSpec, planned: bool = True) -> list[str]:
+def exports(spec: JobSpec) -> list[str]:
     """Lines that set the environment of a process; secrets are referred to, never written down."""
     given = dict(spec.env)
     given.pop("XLA_FLAGS", "")
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in (spec.planned if planned else {}).items()]
+    lines = ["export " + " ".join(f"{name}={value}" for name, value in spec.planned.items())]
     if spec.platform == "cpu":
         lines.append("export JAX_PLATFORMS=cpu")
     if spec.platform == "gpu":
         places = " ".join(PROFILES)
         lines += [
-            f'for profile in "${{NCCL_ENV_PROFILE:-}}" {places}; do  # NCCL as this host\'s network wants it',
-            '  if [ -r "$profile" ]; then . "$profile"; break; fi',
-            "done",
+            "# NCCL as this host's network wants it; XLA_FLAGS are added to, not replaced",
+            f'for profile in "${{NCCL_ENV_PROFILE:-}}" {places}; do if [ -r "$profile" ]; then . "$profile"; break; fi; done',
             'export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}"',
         ]
     if added := flags(spec):
-        lines.append(f'export XLA_FLAGS={shlex.quote(added)}"${{XLA_FLAGS:+ $XLA_FLAGS}}"  # added to, not replaced')
+        lines.append(f'export XLA_FLAGS={shlex.quote(added)}"${{XLA_FLAGS:+ $XLA_FLAGS}}"')
     return lines + [f"export {name}={shlex.quote(value)}" for name, value in given.items()]
 
 

@@ -31,6 +31,7 @@ def render(spec: JobSpec) -> Artefact:
         "#!/usr/bin/env bash",
         *(f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None),
         "#SBATCH --exclusive",
+        "#SBATCH --mem=0",
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
         shell.header(spec, "slurm"),
@@ -40,7 +41,7 @@ def render(spec: JobSpec) -> Artefact:
         *shell.rank(spec),
         "",
         'echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST"',
-        f"srun --kill-on-bad-exit=1 --ntasks={spec.hosts * spec.processes} bash -c {shell.CALL}",
+        f"srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks={spec.hosts * spec.processes} bash -c {shell.CALL}",
         "status=$?",
         '[ "$status" != 0 ] || exit 0',
         f'if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {spec.restarts} ] && '

@@ -20,12 +20,13 @@ def render(spec: JobSpec) -> Artefact:
     number = spec.chips_per_host if spec.platform == "gpu" else spec.slice_name.rpartition("-")[2]
     device = f"{TYPES.get(spec.kind, spec.kind)}-{number}"
     size = ["--num-nodes", str(spec.hosts)] if spec.platform == "gpu" else ["--num-slices", str(spec.slices)]
-    command = "; ".join([*shell.exports(spec), f"exec {shell.line(spec.program, *spec.argv)}"])
-    if spec.platform == "gpu":
-        command = command.replace("do;", "do").replace("then;", "then")
+    if any("\n" in word for word in (*spec.argv, *dict(spec.env).values())):
+        raise ValueError("xpk takes the command as one line: a word or variable of this job has several; use jobset")
+    exports = [line for line in shell.exports(spec) if not line.startswith("#")]
+    command = "; ".join([*exports, f"exec {shell.line(spec.program, *spec.argv)}"])
     words = ["xpk", "workload", "create", "--cluster", spec.cluster, "--workload", spec.name, "--docker-image", spec.image,
              "--tpu-type" if spec.platform == "tpu" else "--device-type", device, *size,
-             "--max-restarts", str(spec.restarts), "--restart-on-exit-codes", ",".join(map(str, AGAIN[:2])),
+             "--max-restarts", str(spec.restarts), "--restart-on-exit-codes", ",".join(str(code) for code in AGAIN if code < 127),
              "--termination-grace-period-seconds", str(spec.grace + KILLED)]  # fmt: skip
     where = ["--zone", spec.zone] if spec.zone else []
     where += ["--project", spec.project] if spec.project else []
