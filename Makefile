@@ -18,7 +18,7 @@ TEST_STAMP := .venv/.installed-test$(subst $(space),,$(addprefix -,$(EXTRA_LIST)
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench-cpu plans plan-accuracy experiment experiment-teacher canary clean
+.PHONY: help demo test test-slow test-slurm lint bench-cpu plans plan-accuracy experiment experiment-teacher canary clean
 
 help: ## show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,12 @@ test: $(TEST_STAMP) ## set up, lint, and run the tests but the slow ones
 
 test-slow: $(TEST_STAMP) ## run the slow tests
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
+
+# As root, on Debian: two nodes of a real SLURM on this machine, stopped again by their pids.
+test-slurm: $(TEST_STAMP) ## train on a real SLURM: stopped, killed, requeued, resumed
+	@command -v slurmctld > /dev/null && command -v munged > /dev/null || \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge
+	@LLAMA4_TEST_SLURM=1 $(BIN)/python -m pytest -n 0 tests/launch/test_slurm.py
 
 lint: $(TEST_STAMP) ## check style, format and types
 	@$(BIN)/ruff check --output-format concise

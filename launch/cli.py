@@ -6,7 +6,8 @@ table like `COMMANDS` of such modules. Options that a command with `TAKES_OVERRI
 run's configuration (`launch/overrides.py`); they arrive as `args.overrides`.
 
 Exit status: 0 done, 1 failed (diverged, not equal, its teacher gone, or with the traceback of what nobody foresaw), 2
-wrong input (one line on stderr), 130 and 143 stopped by Ctrl-C and SIGTERM.
+wrong input (one line on stderr), 130 and 143 stopped by Ctrl-C and SIGTERM. Of a job of several processes also 70: a
+process did not come, or died of what nobody foresaw, a peer or a device that was lost; it may be started again.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ COMMANDS = {
     "verify": ("launch.verify", "compare a Hugging Face folder's logits with transformers' or a NumPy oracle's"),
     "inspect": ("launch.inspect", "show a model's layers and count its parameters"),
     "report": ("launch.report", "write a page about a run, or about several side by side"),
+    "doctor": ("launch.doctor", "what is installed here, which devices there are, and how fast they are"),
     "bench": ("launch.bench", "time a preset's step on synthetic tokens"),
     "plan": ("launch.plan", "what a run needs and how fast it can be, without its devices"),
     "data": ("launch.data", "show what a run's batches hold"),
@@ -94,7 +96,7 @@ def _run(argv: list[str] | None) -> int:
         if not _is_ours(error):
             raise
         print(f"llama4: error: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "status", 1)
     except KeyboardInterrupt:
         print("llama4: stopped", file=sys.stderr)
         return 128 + signal.SIGINT

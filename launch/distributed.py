@@ -23,6 +23,7 @@ WAIT = 300.0
 DIED = 70
 """Exit status of a process of several that died of what nobody foresaw: a peer gone, a device lost."""
 _joined: Place | None = None
+_place: Place | None = None
 
 
 def initialize(cfg: RunConfig) -> Place:
@@ -30,10 +31,10 @@ def initialize(cfg: RunConfig) -> Place:
 
     ValueError, in one line that names the rank and the cause, where the processes do not fit together.
     """
-    global _joined
+    global _joined, _place
     if _ray_did():
         return _of_ray(cfg)
-    place = places.recognise()
+    _place = place = places.recognise()
     preflight.check_planned(place)
     if place.processes == 1:
         _check_devices(place)
@@ -55,7 +56,12 @@ def initialize(cfg: RunConfig) -> Place:
     jax.distributed.initialize(place.coordinator, place.processes, place.process, own,
                                cluster_detection_method="deactivate", initialization_timeout=int(wait))  # fmt: skip
     _check_devices(place)
-    return place
+    return place._replace(hosts=tuple(hosts))
+
+
+def who() -> str:
+    """This process in words, as far as it knows itself."""
+    return str(_place) if _place else f"a process on {socket.gethostname()}"
 
 
 def agree(place: Place, facts: Mapping[str, str]) -> None:

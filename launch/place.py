@@ -28,6 +28,13 @@ class Place(NamedTuple):
     local: int
     """Its number among those on its host."""
     host: str
+    hosts: tuple[str, ...] = ()
+    """Of all processes, once they have met."""
+
+    @property
+    def job(self) -> str | None:
+        """Its scheduler's name for it."""
+        return os.environ.get("SLURM_JOB_ID") or os.environ.get("JOBSET_NAME")
 
     def __str__(self) -> str:
         return f"rank {self.process} ({self.host})"

@@ -34,6 +34,12 @@ LONGEST = 1 << 20
 FOLDER = ".preflight"
 
 
+class Late(ConnectionError):
+    """A process did not come, or cannot be reached: another start may go better."""
+
+    status = 70
+
+
 def check_planned(place: Place, env: Mapping[str, str] = os.environ) -> None:
     """ValueError where the launcher started other processes than were planned, or where they cannot meet."""
     planned = int(env.get("LLAMA4_PROCESSES", place.processes))
@@ -92,14 +98,14 @@ def meet(place: Place, mine: dict[str, Any], wait: float, say: Callable[[str], o
                              "program's port, or a job that has begun already") from None  # fmt: skip
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ValueError(f"{place} could not reach the first process at {place.coordinator} within {wait:.0f} s: "
+                raise Late(f"{place} could not reach the first process at {place.coordinator} within {wait:.0f} s: "
                                  f"{error.strerror or error}") from error  # fmt: skip
             if time.monotonic() - told > SAY:
                 told = time.monotonic()
                 say(f"waiting for the first process at {place.coordinator}: {error.strerror or error}")
             time.sleep(0.25)
     if answer.get("error"):
-        raise ValueError(answer["error"])
+        raise (Late if answer.get("late") else ValueError)(answer["error"])
     return answer["hosts"]
 
 
@@ -117,14 +123,17 @@ def _first(place: Place, mine: dict[str, Any], wait: float, say: Callable[[str],
     with server:
         try:
             reports, wrong = _gather(server, links, place, mine, wait, say)
-            wrong = wrong or compare(reports) or _unshared(reports)
+            wrong = wrong or compare(reports) or _unshared(reports)  # of those that came
             hosts = [str(reports[i]["host"]) for i in sorted(reports)]
-            answer = json.dumps({"error": wrong, "hosts": hosts}).encode() + b"\n"
+            late = not wrong and len(reports) < place.processes
+            if late:
+                wrong = _missing(reports, place, wait)
+            answer = json.dumps({"error": wrong, "late": late, "hosts": hosts}).encode() + b"\n"
             for link in links:
                 _answer(link, answer)
             if wrong:
                 _tell_late_ones(server, answer)
-                raise ValueError(wrong)
+                raise (Late if late else ValueError)(wrong)
             for link in links:  # they close first, so that the port is free at once
                 _drain(link)
         finally:
@@ -143,8 +152,7 @@ def _gather(server: socket.socket, links: list[socket.socket], place: Place, min
     while len(reports) < place.processes:
         missing = [i for i in range(place.processes) if i not in reports]
         if (waited := time.monotonic() - began) > wait:
-            return reports, (f"{_ranks(missing)} of {place.processes} did not come within {waited:.0f} s: "
-                             "look at the log of that host, or whether it was started")  # fmt: skip
+            return reports, ""
         if time.monotonic() - told > SAY:
             told = time.monotonic()
             say(f"waiting for {_ranks(missing)} of {place.processes} ({waited:.0f} s)")
@@ -161,7 +169,10 @@ def _gather(server: socket.socket, links: list[socket.socket], place: Place, min
             return reports, (f"{who} counts {theirs['processes']} processes, rank 0 ({place.host}) counts "
                              f"{place.processes}: hosts of two jobs, or a wrong number")  # fmt: skip
         if rank in reports:
-            return reports, f"{who} came twice, the first time from {reports[rank]['host']}: each rank is of one process"
+            return (
+                reports,
+                f"{who} came twice, the first time from {reports[rank]['host']}: each rank is of one process",
+            )
         reports[rank] = theirs | {"skew": theirs["clock"] - time.time()}
     return reports, ""
 
@@ -275,6 +286,12 @@ def _flat(node: Any, path: str = "") -> list[tuple[str, Any]]:
     if isinstance(node, Sequence) and not isinstance(node, str):
         return [pair for i, child in enumerate(node) for pair in _flat(child, f"{path}.{i}")]
     return [(path, node)]
+
+
+def _missing(reports: Mapping[int, Any], place: Place, wait: float) -> str:
+    missing = [i for i in range(place.processes) if i not in reports]
+    return (f"{_ranks(missing)} of {place.processes} did not come within {wait:.0f} s: look at the log of that host, or "
+            "whether it was started")  # fmt: skip
 
 
 def _ranks(ranks: Sequence[int]) -> str:

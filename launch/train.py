@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import configs
 from launch import distributed, overrides
 from launch.place import ALONE, Place
+from training import status as marks
 from training.config import RunConfig
 
 TAKES_OVERRIDES = True
@@ -30,12 +32,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     cfg = configuration(args)
-    place = distributed.initialize(cfg)
-    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext(), refusals(cfg):
+        place = distributed.initialize(cfg)
+        if place.process == 0:
+            marks.begin(cfg.folder, dict(how=place.how, hosts=place.hosts or [place.host], job=place.job))
         summary = train(cfg, place)
     if args.json and place.process == 0:
         print(json.dumps(summary))
     return status(summary)
+
+
+@contextlib.contextmanager
+def refusals(cfg: RunConfig) -> Iterator[None]:
+    """Leave word in the run's folder of what would only fail again, for who may start the job again."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        marks.refuse(cfg.folder, distributed.who(), error)
+        raise
 
 
 def configuration(args: argparse.Namespace) -> RunConfig:

@@ -39,9 +39,7 @@ def render(spec: JobSpec) -> Artefact:
     }
     if not spec.image:
         extra = {"gpu": "[cuda]", "tpu": "[tpu]", "cpu": ""}[spec.platform]
-        task["setup"] = Block(
-            f"python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.{extra}'\n"
-        )
+        task["setup"] = Block(f"python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.{extra}'\n")
     if spec.secrets:
         task["secrets"] = {name: None for name, _ in spec.secrets}
     text = f"{shell.header(spec, 'sky')}\n" + yaml.dump(task, Dumper=Dumper, sort_keys=False, width=1000)

@@ -14,7 +14,9 @@ def render(spec: JobSpec) -> Artefact:
     a task that dies takes the step with it. `srun` turns a task's 75 into 143 then, so that what the run left in its
     folder, not the exit status, says whether to requeue (`llama4 status --restart`)."""
     if spec.platform == "tpu":
-        raise ValueError(f"slurm runs on GPUs and CPUs, not on {spec.topology}: jobset, xpk, ray and tpu-vm run on TPUs")
+        raise ValueError(
+            f"slurm runs on GPUs and CPUs, not on {spec.topology}: jobset, xpk, ray and tpu-vm run on TPUs"
+        )
     minutes = math.ceil(spec.hours * 60)
     options = {
         "job-name": spec.name,

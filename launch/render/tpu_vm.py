@@ -13,7 +13,9 @@ def render(spec: JobSpec) -> Artefact:
     `restarts` times in all. Secrets come from Secret Manager, on the workers."""
     if spec.platform != "tpu" or not KINDS[spec.kind].vm:
         some = ", ".join(kind for kind, of in KINDS.items() if of.vm)
-        raise ValueError(f"tpu-vm runs on slices of {some}, not on {spec.topology or 'CPUs'}: give --topology v5p:4x4x8")
+        raise ValueError(
+            f"tpu-vm runs on slices of {some}, not on {spec.topology or 'CPUs'}: give --topology v5p:4x4x8"
+        )
     if spec.slices > 1:
         raise ValueError("tpu-vm makes one slice; for several use jobset, xpk or ray")
     if not spec.zone:

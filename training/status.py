@@ -1,0 +1,107 @@
+"""How far a run is and whether it goes on, read from its folder by whoever sees it. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+REFUSED = "refused.json"
+"""What a process leaves that ended for a reason which would end it again: wrong input, a loss that is not finite."""
+STARTS = "starts.jsonl"
+"""A line for every start of the run: when, on which hosts, started by what."""
+STOPPED = "requeue.json"
+"""What a run leaves that was told to stop."""
+SILENT = 600.0
+"""Seconds without a record after which a run is not believed to go on, or ten of its steps."""
+
+
+def refuse(folder: str, who: str, error: Exception) -> None:
+    """Leave word that this start failed for good; nothing where the folder cannot be written."""
+    try:
+        if epath.Path(folder).exists():
+            told = dict(who=who, error=" ".join(str(error).split()), time=round(time.time(), 3))
+            (epath.Path(folder) / REFUSED).write_text(json.dumps(told) + "\n")
+    except OSError:
+        pass
+
+
+def begin(folder: str, facts: Mapping[str, Any]) -> None:
+    """A start of the run; by the first process alone."""
+    place = epath.Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / REFUSED).unlink(missing_ok=True)
+    before = (place / STARTS).read_text() if (place / STARTS).exists() else ""
+    (place / STARTS).write_text(before + json.dumps({"time": round(time.time(), 3), **facts}) + "\n")
+
+
+def read(folder: str | epath.Path) -> dict[str, Any]:
+    """Facts about the run as plain data; FileNotFoundError where there is none."""
+    place = epath.Path(folder)
+    if not (place / "config.json").exists() and not (place / STARTS).exists() and not (place / REFUSED).exists():
+        raise FileNotFoundError(f"no run in {folder}: it has neither a config.json nor a {STARTS}")
+    records = [one for one in _lines(place / "metrics.jsonl") if isinstance(one.get("step"), int)]
+    config, starts = _json(place / "config.json"), _lines(place / STARTS)
+    last = records[-1] if records else {}
+    checkpoints = place / "checkpoints"
+    saved = (
+        sorted(int(one.name) for one in checkpoints.iterdir() if one.name.isdecimal()) if checkpoints.exists() else []
+    )
+    steps = (config.get("train") or {}).get("steps")
+    found = dict(folder=str(folder), name=config.get("name"), step=last.get("step", 0), steps=steps, saved=saved,
+                 last=last, starts=starts, refused=_json(place / REFUSED) or None, stopped=_json(place / STOPPED) or None,
+                 heartbeats=_heartbeats(place))  # fmt: skip
+    return found | dict(state=state(found))
+
+
+def state(found: Mapping[str, Any], now: float | None = None) -> str:
+    """complete, refused, stopped, running or silent: what the newest of a run's traces says."""
+    now = time.time() if now is None else now
+    began = found["starts"][-1]["time"] if found["starts"] else 0.0
+    if found["steps"] and found["saved"] and found["saved"][-1] >= found["steps"]:
+        return "complete"
+    if found["refused"]:
+        return "refused"
+    if found["stopped"] and found["stopped"].get("time", 0) >= began:
+        return "stopped"
+    heard = max([began, found["last"].get("time", 0), *(beat.get("time", 0) for beat in found["heartbeats"])])
+    return "running" if now - heard < max(SILENT, 10 * found["last"].get("seconds_per_step", 0)) else "silent"
+
+
+def restart(found: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether a job that ended should be started again, and why."""
+    if found["state"] == "complete":
+        return False, "it is complete"
+    if found["refused"]:
+        return False, f"it would fail again: {found['refused'].get('error')}"
+    if found["state"] == "stopped":
+        return True, f"it was stopped by {found['stopped'].get('signal', 'a signal')}"
+    return True, "a process died"
+
+
+def _json(file: epath.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _lines(file: epath.Path) -> list[dict[str, Any]]:
+    """Lines of JSON; one that was cut off is left out."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        found += [value] if isinstance(value, dict) else []
+    return found
+
+
+def _heartbeats(place: epath.Path) -> list[dict[str, Any]]:
+    folder = place / "heartbeats"
+    return [beat for file in sorted(folder.glob("*.json")) if (beat := _json(file))] if folder.exists() else []
