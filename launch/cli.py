@@ -31,6 +31,7 @@ COMMANDS = {
     "train": ("launch.train", "train a preset, with any of its fields overridden"),
     "launch": ("launch.launch", "train on several hosts: SLURM, Kubernetes, SkyPilot, Ray, TPU VMs, MPI, or here"),
     "status": ("launch.status", "how far a run is, whether it goes on, and what became of its time"),
+    "board": ("launch.board", "a page about a run under way, which refreshes itself"),
     "targets": ("launch.targets", "write a teacher's soft targets for students to read, or show what a folder holds"),
     "export": ("launch.export", "turn a run's checkpoint into a Hugging Face folder"),
     "import": ("launch.import_", "turn a Hugging Face folder into a run's checkpoint"),

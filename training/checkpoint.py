@@ -28,6 +28,7 @@ from data.loader import merged
 from llama4_jax.axes import is_variable
 from llama4_jax.text import abstract
 from training.config import RunConfig
+from training.goodput import spent
 from training.mesh import shardings
 from training.state import TrainState, execution
 
@@ -80,6 +81,7 @@ class Checkpoints:
             raise FileNotFoundError(f"no {wanted} in {self.folder}; there are: {sorted(steps)}{near}")
         return max(steps) if step is None else step
 
+    @spent("save")
     def save(self, step: int, state: TrainState, position: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Start to write a checkpoint; returns once the arrays are copied off the devices. OSError if one failed."""
         self.wait()
@@ -113,6 +115,7 @@ class Checkpoints:
         """The position in the data, of the lanes of all processes (`data.loader.merged`), and the tokens seen."""
         return self._json(step, "data")
 
+    @spent("restore")
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state, placed as `like` (see `training.state.abstract_state`), and the position in the data."""
         return self.restore_tree(step, like), self.place(step)

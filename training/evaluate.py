@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from data.batch import Batch
 from training.config import Learner
+from training.goodput import spent
 from training.mesh import BATCH_SPEC
 from training.metrics import measured
 from training.objectives import Sums, objective
@@ -43,6 +44,7 @@ def make_eval_step(learner: Learner, mesh: Mesh, domains: int) -> EvalFn:
     return jax.jit(eval_step)
 
 
+@spent("evaluate")
 def evaluate(
     step: EvalFn, params: nnx.State, batches: Iterable[Batch], mesh: Mesh, domains: Sequence[str]
 ) -> dict[str, float]:

@@ -17,6 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from training import goodput
 from training.chips import peak_flops
 from training.config import Learner, RunConfig
 from training.flops import step_per_token
@@ -172,6 +173,7 @@ class Writers:
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """Add a line; its scalars go to TensorBoard, too."""
+        record = {**record, **goodput.counted()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **record})
         if self._stream:
             print(line, file=self._stream, flush=True)

@@ -56,15 +56,19 @@ tbody tr:last-child > * { border-bottom: 0; }
 """
 
 
-def page(title: str, summary: Sequence[str], sections: Sequence[str]) -> str:
-    """A whole document: title, summary in sentences, sections. In the summary numbers with three decimals stand out."""
+def page(title: str, summary: Sequence[str], sections: Sequence[str], refresh: int = 0) -> str:
+    """A whole document: title, summary in sentences, sections. In the summary numbers with three decimals stand out.
+
+    A browser that shows it loads it again every `refresh` seconds, if that is not 0.
+    """
+    again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
     told = re.sub(r"\b\d+\.\d{3}\b", r"<strong>\g<0></strong>", html.escape(" ".join(summary)))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
+{again}<title>{html.escape(title)}</title>
 <style>{STYLE}</style>
 </head>
 <body>

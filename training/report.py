@@ -20,6 +20,7 @@ from training import figures
 from training.figures import Line
 from training.page import card, figure_card, note, page, section, short, table
 from training.report_data import data
+from training.report_time import time_spent
 from training.runs import Entry, Run, entries, load
 
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 24, 2000
@@ -43,8 +44,19 @@ def build(runs: Sequence[Run]) -> str:
     """The report as HTML."""
     all_of_them = entries(runs)
     title = " and ".join([", ".join(run.name for run in runs[:-1]), runs[-1].name]) if len(runs) > 1 else runs[0].name
-    parts = [_held_out, _training, _data, _distillation, _experts, _optimisation, _throughput, _samples, _models, _made]
+    parts = [_held_out, _training, _data, _distillation, _experts, _optimisation, _throughput, _time, _samples, _models,
+             _made]  # fmt: skip
     return page(title, _summary(all_of_them), [part(all_of_them) for part in parts])
+
+
+def curves(found: Sequence[Entry]) -> list[str]:
+    """The sections about what was learned so far, for a run that is under way."""
+    return [_training(found), _held_out(found), _experts(found)]
+
+
+def lanes(runs: Sequence[Run]) -> str:
+    """The section about what was read."""
+    return data(runs)
 
 
 def figure(runs: Sequence[Run]) -> bytes:
@@ -187,6 +199,10 @@ def _training(found: Sequence[Entry]) -> str:
 
 def _data(found: Sequence[Entry]) -> str:
     return data(list(dict.fromkeys(e.run for e in found)))
+
+
+def _time(found: Sequence[Entry]) -> str:
+    return time_spent(list(dict.fromkeys(e.run for e in found)))
 
 
 def _distillation(found: Sequence[Entry]) -> str:

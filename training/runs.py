@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from training import status
 from training.figures import Line
 from training.metrics import FILE, read
 
@@ -37,6 +38,7 @@ class Run:
         self.config = self._json("config.json", dict) or {}
         self.samples = self._json("samples.json", list)
         self.contents = self._json("data.json", dict)
+        self.starts = status.lines(self.folder / status.STARTS)
         self.artifacts = self._json("artifacts.json", list)
 
     def _json(self, name: str, kind: type) -> Any:

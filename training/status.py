@@ -43,8 +43,8 @@ def read(folder: str | epath.Path) -> dict[str, Any]:
     place = epath.Path(folder)
     if not (place / "config.json").exists() and not (place / STARTS).exists() and not (place / REFUSED).exists():
         raise FileNotFoundError(f"no run in {folder}: it has neither a config.json nor a {STARTS}")
-    records = [one for one in _lines(place / "metrics.jsonl") if isinstance(one.get("step"), int)]
-    config, starts = _json(place / "config.json"), _lines(place / STARTS)
+    records = [one for one in lines(place / "metrics.jsonl") if isinstance(one.get("step"), int)]
+    config, starts = _json(place / "config.json"), lines(place / STARTS)
     last = records[-1] if records else {}
     checkpoints = place / "checkpoints"
     saved = (
@@ -90,7 +90,7 @@ def _json(file: epath.Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _lines(file: epath.Path) -> list[dict[str, Any]]:
+def lines(file: epath.Path) -> list[dict[str, Any]]:
     """Lines of JSON; one that was cut off is left out."""
     found = []
     for line in file.read_text().splitlines() if file.exists() else ():

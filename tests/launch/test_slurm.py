@@ -43,6 +43,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=1,sched_interval=5
 ReturnToService=2
+SlurmdParameters=config_overrides
 KillWait=60
 AccountingStorageType=accounting_storage/none
 StateSaveLocation={folder}/state
@@ -52,7 +53,7 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 SlurmctldPort=17000
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=2 RealMemory=2000 State=UNKNOWN
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=8 RealMemory=2000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """)
     started: list[int] = []
@@ -164,17 +165,17 @@ def test_stopped_killed_and_resumed(slurm: Path, capsys: pytest.CaptureFixture[s
     """SIGTERM, then the death of a rank: requeued after each, and the losses are to the bit those of a run in peace."""
     run = slurm / "broken"
     job = submit(rendered(slurm, "broken", capsys))
-    until(lambda: steps(run) >= 3, 420, "three steps are made")
+    until(lambda: steps(run) >= 3, 900, "three steps are made")
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
-    until(lambda: field(job, "Restarts") == "1", 240, "the job is requeued")
+    until(lambda: field(job, "Restarts") == "1", 600, "the job is requeued")
     stopped = steps(run)
     assert f"step {stopped}/{STEPS}" in log(slurm, "broken", job) and stopped < STEPS
-    until(lambda: steps(run) > max(stopped, 6), 420, "it goes on")
+    until(lambda: steps(run) > max(stopped, 6), 900, "it goes on")
     os.kill(ranks(run)[2], signal.SIGKILL)
     killed = time.monotonic()
     until(lambda: not ranks(run), 60, "the others are gone")
     print(f"a rank killed: the others gone after {time.monotonic() - killed:.1f} s")
-    until(lambda: field(job, "JobState") in ("COMPLETED", "FAILED"), 500, "the job is done")
+    until(lambda: field(job, "JobState") in ("COMPLETED", "FAILED"), 900, "the job is done")
     assert field(job, "JobState") == "COMPLETED", log(slurm, "broken", job)
     assert field(job, "Restarts") == "2"
 
