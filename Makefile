@@ -18,7 +18,7 @@ TEST_STAMP := .venv/.installed-test$(subst $(space),,$(addprefix -,$(EXTRA_LIST)
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-slurm lint bench-cpu plans plan-accuracy experiment experiment-teacher canary clean
+.PHONY: help demo test test-slow test-launch test-slurm lint bench-cpu plans plan-accuracy experiment experiment-teacher canary clean
 
 help: ## show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,15 @@ test: $(TEST_STAMP) ## set up, lint, and run the tests but the slow ones
 
 test-slow: $(TEST_STAMP) ## run the slow tests
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
+
+# Open MPI is Debian's openmpi-bin; what is not installed is skipped.
+test-launch: ## hold rendered files against schemas and linters; train by local, mpirun and Ray
+	@$(MAKE) --no-print-directory EXTRAS="$(sort $(EXTRA_LIST) launch-test)" test-launch-run
+
+.PHONY: test-launch-run
+test-launch-run: $(TEST_STAMP)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 0 tests/launch/test_render.py tests/launch/test_preflight.py \
+	tests/launch/test_hosts.py tests/test_docker.py
 
 # As root, on Debian: two nodes of a real SLURM on this machine, stopped again by their pids.
 test-slurm: $(TEST_STAMP) ## train on a real SLURM: stopped, killed, requeued, resumed

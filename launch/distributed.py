@@ -95,8 +95,8 @@ def _check_devices(place: Place) -> None:
 
         each, have = planned // place.processes, jax.local_devices()
         if len(have) != each:
-            raise ValueError(f"{place} has {len(have)} device{'s' * (len(have) > 1)} ({have[0].device_kind}), but {each} "
-                             f"were planned for each process")  # fmt: skip
+            raise ValueError(f"{place} has {len(have)} device{'s' * (len(have) > 1)} ({have[0].device_kind}), but "
+                             f"{each} were planned for each process")  # fmt: skip
 
 
 def _ray_did() -> bool:

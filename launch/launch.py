@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table = "\n".join(f"  {name:{width}} {what}" for name, what in TARGETS.items())
     parser.epilog = f"targets:\n{table}\n\n{parser.epilog}\n\ndocs/launch.md has a page about each target."
     parser.add_argument("--from", dest="source", metavar="RUN[@STEP]", default="", help="as in llama4 train")
+    parser.add_argument("--profile", metavar="steps=FIRST-LAST", default="", help="as in llama4 train")
+    parser.add_argument("--track", action="append", default=[], metavar="KIND[:PROJECT]", help="as in llama4 train")
     parser.add_argument("--dry-run", action="store_true", help="print the file and the command; submit nothing")
     parser.add_argument("--json", action="store_true", help="print what --dry-run does as JSON; submit nothing")
     parser.add_argument("--keep", metavar="DIR", default="launches", help="where the file is kept (default: launches)")
@@ -108,6 +110,7 @@ def job(args: argparse.Namespace, cfg: RunConfig) -> JobSpec:
         raise ValueError(f"every host of {args.target} must see the run's folder, not a place beside it: --out "
                          f"gs://BUCKET/{folder}, or the absolute path of a shared one")  # fmt: skip
     argv = ["train", *([args.name] if args.name else []), *(["--from", args.source] if args.source else [])]
+    argv += [*(["--profile", args.profile] if args.profile else []), *(w for t in args.track for w in ("--track", t))]
     words = [option for option in args.overrides if option[0] != "--out"]
     argv += [word for option in words for word in option] + ["--out", folder]
     return JobSpec(

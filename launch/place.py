@@ -44,9 +44,12 @@ ALONE = Place("alone", "", 1, 0, 0, "")
 
 
 def recognise(env: Mapping[str, str] = os.environ, metadata: Callable[[str], str] | None = None) -> Place:
-    """The first that applies of: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; Open MPI; SLURM; MPICH's
-    PMI; a TPU slice on GKE; one of TPU VMs. A process that nobody counted is alone. ValueError, in a line, for what is
-    half there. `metadata` answers for Google's server, which is asked on a TPU VM alone."""
+    """The first that applies of: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; Open MPI; SLURM;
+    MPICH's PMI; a TPU slice on GKE; one of TPU VMs. A process that nobody counted is alone.
+
+    ValueError, in a line, for what is half there. `metadata` answers for Google's server, which is asked on a TPU VM
+    alone.
+    """
     host = env.get("SLURMD_NODENAME") or socket.gethostname()
     named = [name for name in EXPLICIT[1:] if name in env]
     if named:

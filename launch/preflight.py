@@ -8,6 +8,7 @@ like JAX's it trusts the network that it is on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -231,10 +232,8 @@ def _unshared(reports: Mapping[int, Mapping[str, Any]]) -> str:
 def _unmark(folder: str) -> None:
     from etils import epath
 
-    try:
+    with contextlib.suppress(OSError):  # it is hidden, and the next start's
         (epath.Path(folder) / FOLDER).rmtree(missing_ok=True)
-    except OSError:
-        pass  # it is hidden, and the next start's
 
 
 # --- Sockets
@@ -251,19 +250,15 @@ def _line(link: socket.socket) -> bytes:
 
 
 def _answer(link: socket.socket, answer: bytes) -> None:
-    try:
+    with contextlib.suppress(OSError):  # who is gone will be missed soon enough
         link.sendall(answer)
-    except OSError:
-        pass  # it is gone, and will be missed soon enough
 
 
 def _drain(link: socket.socket) -> None:
-    try:
+    with contextlib.suppress(OSError):
         link.settimeout(2)
         while link.recv(4096):
             pass
-    except OSError:
-        pass
 
 
 def _tell_late_ones(server: socket.socket, answer: bytes) -> None:
@@ -290,8 +285,8 @@ def _flat(node: Any, path: str = "") -> list[tuple[str, Any]]:
 
 def _missing(reports: Mapping[int, Any], place: Place, wait: float) -> str:
     missing = [i for i in range(place.processes) if i not in reports]
-    return (f"{_ranks(missing)} of {place.processes} did not come within {wait:.0f} s: look at the log of that host, or "
-            "whether it was started")  # fmt: skip
+    return (f"{_ranks(missing)} of {place.processes} did not come within {wait:.0f} s: look at the log of that host, "
+            "or whether it was started")  # fmt: skip
 
 
 def _ranks(ranks: Sequence[int]) -> str:

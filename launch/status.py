@@ -15,7 +15,7 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's folder")
     parser.add_argument("--restart", action="store_true",
-                        help="whether the job, which has ended, should be started again: exit status 0 if so, else 1")  # fmt: skip
+                        help="whether the job, which has ended, should be started again: 0 if so, else 1")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print all that is known as JSON")
 
 

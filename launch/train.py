@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import configs
 from launch import distributed, overrides
 from launch.place import ALONE, Place
-from training import status as marks
 from training.config import RunConfig
 
 TAKES_OVERRIDES = True
@@ -27,28 +27,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", metavar="RUN[@STEP]", default="",
                         help="begin a new run, of NAME or as RUN was, from RUN's checkpoint of STEP (default: the "
                         "newest), with its weights, optimizer, step and place in the data")  # fmt: skip
+    parser.add_argument("--profile", metavar="steps=FIRST-LAST", default="", help="trace these steps for xprof, into "
+                        "the run's profile/; SIGUSR1 to the first process traces the next three")  # fmt: skip
+    parser.add_argument("--track", action="append", default=[], metavar="KIND[:PROJECT]",
+                        help="also log to trackio, wandb or mlflow (extras of those names); repeatable")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the closing summary as JSON; the log goes to stderr")
 
 
 def run(args: argparse.Namespace) -> int:
-    cfg = configuration(args)
-    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext(), refusals(cfg):
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext(), refusals(args):
+        cfg = configuration(args)
         place = distributed.initialize(cfg)
         if place.process == 0:
-            marks.begin(cfg.folder, dict(how=place.how, hosts=place.hosts or [place.host], job=place.job))
-        summary = train(cfg, place)
+            from training.status import begin
+
+            begin(cfg.folder, dict(how=place.how, hosts=place.hosts or [place.host], job=place.job))
+        with watched(cfg, args, place):
+            summary = train(cfg, place)
     if args.json and place.process == 0:
         print(json.dumps(summary))
     return status(summary)
 
 
 @contextlib.contextmanager
-def refusals(cfg: RunConfig) -> Iterator[None]:
-    """Leave word in the run's folder of what would only fail again, for who may start the job again."""
+def watched(cfg: RunConfig, args: argparse.Namespace, place: Place) -> Iterator[None]:
+    """The profiler and the trackers, by the first process, while the block runs."""
+    from training import metrics, profile, trackers
+
+    first, last = profile.parse(args.profile) if args.profile else (0, 0)
+    if place.process:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(profile.Profiler(cfg.folder, first, last))
+        for asked in args.track:
+            tracker = trackers.start(asked, cfg.folder.rstrip("/").rpartition("/")[2], dataclasses.asdict(cfg))
+            stack.callback(tracker.finish)
+            metrics.SINKS.append(tracker.log)
+            stack.callback(metrics.SINKS.remove, tracker.log)
+        yield
+
+
+@contextlib.contextmanager
+def refusals(args: argparse.Namespace) -> Iterator[None]:
+    """Leave word in the folder of a job's run of what would only fail again, for who may start the job again."""
     try:
         yield
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        marks.refuse(cfg.folder, distributed.who(), error)
+        folder = next((words[0] for option, *words in args.overrides if option == "--out" and words), "")
+        if folder and "LLAMA4_PROCESSES" in os.environ:  # started by what llama4 launch rendered
+            from training.status import refuse
+
+            refuse(folder, distributed.who(), error)
         raise
 
 

@@ -23,8 +23,8 @@ HERE = ["--program", "/shared/llama4_jax/.venv/bin/llama4", "--workdir", "/share
 """Of targets that run this machine's own files, in place of where this checkout happens to lie."""
 OTHERS = {
     "slurm-cpu": "slurm pretrain:tiny --hosts 2 --processes 4 --out /shared/runs/tiny",
-    "jobset-gpu": "jobset pretrain:tiny --topology h100:2x8 --train.batch 16 --out gs://bucket/runs/tiny --image registry/llama4:gpu "
-    "--secret HF_TOKEN=tokens/hf --env NOTE='it costs $(ALL) of $$5' --spot",
+    "jobset-gpu": "jobset pretrain:tiny --topology h100:2x8 --train.batch 16 --out gs://bucket/runs/tiny "
+    "--image registry/llama4:gpu --secret HF_TOKEN=tokens/hf --env NOTE='it costs $(ALL) of $$5' --spot",
     "jobset-slices": "jobset pretrain:tiny --topology v6e:4x4 --slices 2 --mesh.replica 2 --train.batch 32 "
     "--out gs://bucket/runs/tiny --image registry/llama4:tpu --queue research",
     "sky-tpu": "sky pretrain:tiny --topology v6e:4x4 --train.batch 16 --out gs://bucket/runs/tiny --spot",

@@ -1,4 +1,4 @@
-"""A run as it goes, on one page that a browser loads again by itself: how far, how well, on what, and where its time goes.
+"""A run as it goes, on a page that a browser loads again by itself: how far, how well, on what, where its time goes.
 
 The sections are those of the report (`training/report.py`), beside what only matters while a run is under way.
 """
@@ -18,7 +18,8 @@ from training.report_time import spell, time_spent
 from training.runs import Entry, Run, entries
 
 STATES = {
-    "running": "is under way", "complete": "is complete", "stopped": "was stopped, and goes on when it is started again",
+    "running": "is under way", "complete": "is complete",
+    "stopped": "was stopped, and goes on when it is started again",
     "refused": "ended, and would end again", "silent": "has not been heard of for long",
 }  # fmt: skip
 
@@ -65,8 +66,8 @@ def _summary(found: Mapping[str, Any], now: float) -> list[str]:
 def _progress(found: Mapping[str, Any], run: Run, learners: list[Entry], now: float) -> str:
     last, steps = found["last"], found["steps"]
     share = 100 * found["step"] / steps if steps else 0
-    bar = (f'<div style="height:.6rem;border-radius:4px;background:var(--rule);margin:.2rem 0 .8rem"><div style="height:'
-           f'100%;border-radius:4px;background:var(--good);width:{share:.2f}%"></div></div>')  # fmt: skip
+    bar = (f'<div style="height:.6rem;border-radius:4px;background:var(--rule);margin:.2rem 0 .8rem"><div style="'
+           f'height:100%;border-radius:4px;background:var(--good);width:{share:.2f}%"></div></div>')  # fmt: skip
     facts = {
         "step": f"{found['step']:,}" + (f" of {steps:,}" if steps else ""),
         "tokens": short(last["tokens_seen"]) if "tokens_seen" in last else "",
@@ -95,7 +96,8 @@ def _hosts(found: Mapping[str, Any], now: float) -> str:
     body = card(table(["start", "UTC", "by", "job", "processes", "hosts"], rows, text=True), wide=True)
     if beats := found["heartbeats"]:
         alive = [[html.escape(f"{b.get('process')}"), html.escape(str(b.get("host"))), f"{b.get('step')}",
-                  html.escape(str(b.get("what"))), spell(max(0.0, now - b.get("time", now)))] for b in beats]  # fmt: skip
+                  html.escape(str(b.get("what"))), spell(max(0.0, now - b.get("time", now)))]
+                 for b in beats]  # fmt: skip
         body += card(table(["process", "host", "step", "doing", "heard of, ago"], alive, text=True), wide=True)
     return section("Hosts and starts", body)
 

@@ -127,8 +127,8 @@ def _devices(host: dict[str, Any], device: dict[str, Any]) -> Iterator[str]:
     if device["platform"] == "cpu" and (Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()):
         yield "TPUs are here, but JAX sees CPUs alone: install the extra tpu; or another process holds them"
     if device["count"] != device["here"] * device["processes"]:
-        yield (f"{device['count']} devices of {device['processes']} processes, of which {device['here']} are here: hosts "
-               "are unequal")  # fmt: skip
+        yield (f"{device['count']} devices of {device['processes']} processes, of which {device['here']} are here: "
+               "hosts are unequal")  # fmt: skip
 
 
 def _rates(found: dict[str, Any]) -> Iterator[str]:

@@ -7,6 +7,7 @@ work that was lost by them included. Goodput is the share in which steps were ma
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def account(records: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, 
     edges = [float(start["time"]) for start in starts] + [float("inf")]
     before = {"step": 0}
     last = edges[0]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         mine = [r for r in timed if begin <= r["time"] < end]
         out["restart"] += begin - last  # since the last that is left of before
         last = begin

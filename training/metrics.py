@@ -17,12 +17,14 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from training import goodput
+from training import goodput, profile
 from training.chips import peak_flops
 from training.config import Learner, RunConfig
 from training.flops import step_per_token
 
 FILE = "metrics.jsonl"
+SINKS: list[Callable[[int, Mapping[str, float]], object]] = []
+"""Who else gets the scalars of every record (`training/trackers.py`)."""
 
 # --- Scalars of one step
 
@@ -179,9 +181,11 @@ class Writers:
             print(line, file=self._stream, flush=True)
         else:
             self._lines.append(line)
-        for name, value in record.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, step)
+        scalars = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        for sink in SINKS:
+            sink(step, scalars)
 
     def flush(self) -> None:
         """What was written so far is in the folder afterwards; to be called before each checkpoint."""
@@ -220,6 +224,7 @@ class Console:
 
     def advance(self, step: int) -> None:
         """A step is done."""
+        profile.after(step)
         if self._progress:
             self._progress.update(self._task, completed=step)
 

@@ -21,10 +21,10 @@ SILENT = 600.0
 
 def refuse(folder: str, who: str, error: Exception) -> None:
     """Leave word that this start failed for good; nothing where the folder cannot be written."""
+    told = dict(who=who, error=" ".join(str(error).split()), time=round(time.time(), 3))
     try:
-        if epath.Path(folder).exists():
-            told = dict(who=who, error=" ".join(str(error).split()), time=round(time.time(), 3))
-            (epath.Path(folder) / REFUSED).write_text(json.dumps(told) + "\n")
+        epath.Path(folder).mkdir(parents=True, exist_ok=True)
+        (epath.Path(folder) / REFUSED).write_text(json.dumps(told) + "\n")
     except OSError:
         pass
 
@@ -52,7 +52,8 @@ def read(folder: str | epath.Path) -> dict[str, Any]:
     )
     steps = (config.get("train") or {}).get("steps")
     found = dict(folder=str(folder), name=config.get("name"), step=last.get("step", 0), steps=steps, saved=saved,
-                 last=last, starts=starts, refused=_json(place / REFUSED) or None, stopped=_json(place / STOPPED) or None,
+                 last=last, starts=starts, refused=_json(place / REFUSED) or None,
+                 stopped=_json(place / STOPPED) or None,
                  heartbeats=_heartbeats(place))  # fmt: skip
     return found | dict(state=state(found))
 

@@ -42,7 +42,8 @@ def exports(spec: JobSpec) -> list[str]:
         places = " ".join(PROFILES)
         lines += [
             "# NCCL as this host's network wants it; XLA_FLAGS are added to, not replaced",
-            f'for profile in "${{NCCL_ENV_PROFILE:-}}" {places}; do if [ -r "$profile" ]; then . "$profile"; break; fi; done',
+            f'for profile in "${{NCCL_ENV_PROFILE:-}}" {places}; '
+            'do if [ -r "$profile" ]; then . "$profile"; break; fi; done',
             'export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}"',
         ]
     if added := flags(spec):

@@ -24,9 +24,10 @@ def render(spec: JobSpec) -> Artefact:
         raise ValueError("xpk takes the command as one line: a word or variable of this job has several; use jobset")
     exports = [line for line in shell.exports(spec) if not line.startswith("#")]
     command = "; ".join([*exports, f"exec {shell.line(spec.program, *spec.argv)}"])
-    words = ["xpk", "workload", "create", "--cluster", spec.cluster, "--workload", spec.name, "--docker-image", spec.image,
-             "--tpu-type" if spec.platform == "tpu" else "--device-type", device, *size,
-             "--max-restarts", str(spec.restarts), "--restart-on-exit-codes", ",".join(str(code) for code in AGAIN if code < 127),
+    words = ["xpk", "workload", "create", "--cluster", spec.cluster, "--workload", spec.name,
+             "--docker-image", spec.image, "--tpu-type" if spec.platform == "tpu" else "--device-type", device, *size,
+             "--max-restarts", str(spec.restarts), "--restart-on-exit-codes",
+             ",".join(str(code) for code in AGAIN if code < 127),
              "--termination-grace-period-seconds", str(spec.grace + KILLED)]  # fmt: skip
     where = ["--zone", spec.zone] if spec.zone else []
     where += ["--project", spec.project] if spec.project else []

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from support import ROOT
 
 from launch.place import recognise
@@ -42,14 +41,20 @@ class Job:
                            JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(process), LLAMA4_START_TIMEOUT="8",
                            XLA_FLAGS="--xla_force_host_platform_device_count=1")  # fmt: skip
 
+    @property
+    def all(self) -> tuple[list, ...]:
+        return self.code, self.words, self.cwd, self.env
+
     def run(self) -> tuple[list[int], set[str], float]:
         """(exit statuses, the lines of errors without who wrote them, seconds)."""
         began = time.monotonic()
         started = [subprocess.Popen([sys.executable, "-c", code, *words], cwd=cwd, env=env, stdout=subprocess.DEVNULL,
                                     stderr=subprocess.PIPE, text=True)
-                   for code, words, cwd, env in zip(self.code, self.words, self.cwd, self.env, strict=True)]  # fmt: skip
+                   for code, words, cwd, env in zip(*self.all, strict=True)]  # fmt: skip
         errors = [p.communicate(timeout=120)[1] for p in started]
-        told = {re.sub(r"^\[.*?\] ", "", line) for text in errors for line in text.splitlines() if "llama4: error" in line}
+        told = {
+            re.sub(r"^\[.*?\] ", "", line) for text in errors for line in text.splitlines() if "llama4: error" in line
+        }
         if self.taken:
             self.taken.close()
         assert not any("Traceback" in text for text in errors), errors
@@ -149,11 +154,11 @@ MISTAKES: dict[Callable[[Job], None], str] = {
     one_missing: r"rank 1 of 2 did not come within 8 s",
     first_missing: r"rank 1 \(\S+\) could not reach the first process at 127.0.0.1:\d+ within 8 s",
     half_set: r"JAX_NUM_PROCESSES is set, but not JAX_PROCESS_ID",
-    no_srun: r"this is SLURM's batch script, or the shell of an allocation, not one of its 2 tasks: start llama4 with srun",
+    no_srun: r"this is SLURM's batch script, or the shell of an allocation, not one of its 2 tasks: start llama4 with",
     other_config: r"rank 1 \(\S+\) has another configuration: train.batch is 16, but 8 of rank 0",
     other_code: r"rank 1 \(\S+\) runs other code \(\w+\) than rank 0 \(\S+\) \(\w+\)",
     unwritable: r"rank 1 \(\S+\) cannot write into the run's folder run: ",
-    unshared: r"rank 1 \(\S+\) wrote into the run's folder run, but rank 0 \(\S+\) does not see it: the folder is not shared",
+    unshared: r"rank 1 \(\S+\) wrote into the run's folder run, but rank 0 \(\S+\) does not see it: the folder",
     clock: r"rank 1 \(\S+\): its clock is 3600 s ahead of that of rank 0",
     port_taken: r"rank 0 \(\S+\) cannot listen on port \d+: Address already in use",
 }  # fmt: skip
@@ -196,16 +201,19 @@ GKE = dict(TPU_WORKER_HOSTNAMES="w0,w1,w2,w3", TPU_WORKER_ID="2")
 
 @pytest.mark.parametrize("env, how, coordinator, processes, process, local", [
     ({}, "alone", "", 1, 0, 0),
-    (dict(JAX_COORDINATOR_ADDRESS="a:1", JAX_NUM_PROCESSES="4", JAX_PROCESS_ID="3", LLAMA4_PROCESSES="4", LLAMA4_HOSTS="2"),
+    (dict(JAX_COORDINATOR_ADDRESS="a:1", JAX_NUM_PROCESSES="4", JAX_PROCESS_ID="3", LLAMA4_PROCESSES="4",
+          LLAMA4_HOSTS="2"),
      "explicit", "a:1", 4, 3, 1),
     (SLURM, "slurm", "gpu007:61444", 8, 5, 1),
     (SLURM | dict(SLURM_STEP_NODELIST="n1"), "slurm", "n1:61444", 8, 5, 1),
     (dict(SLURM_JOB_ID="1", SLURM_NTASKS="1"), "alone", "", 1, 0, 0),
-    (OMPI | dict(OMPI_MCA_orte_hnp_uri="1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"), "mpi", "10.96.0.1:62624", 4, 3, 1),
+    (OMPI | dict(OMPI_MCA_orte_hnp_uri="1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"), "mpi",
+     "10.96.0.1:62624", 4, 3, 1),
     (OMPI | SLURM | dict(JAX_COORDINATOR_ADDRESS="h:9"), "mpi", "h:9", 4, 3, 1),
     (dict(PMI_SIZE="2", PMI_RANK="1", JAX_COORDINATOR_ADDRESS="h:9"), "mpi", "h:9", 2, 1, 0),
     (GKE, "gke", "w0:8482", 4, 2, 0),
-    (GKE | dict(MEGASCALE_NUM_SLICES="2", MEGASCALE_SLICE_ID="1", MEGASCALE_COORDINATOR_ADDRESS="m:8080"), "gke", "m:8482", 8, 6, 0),
+    (GKE | dict(MEGASCALE_NUM_SLICES="2", MEGASCALE_SLICE_ID="1", MEGASCALE_COORDINATOR_ADDRESS="m:8080"), "gke",
+     "m:8482", 8, 6, 0),
 ])  # fmt: skip
 def test_places(env: dict[str, str], how: str, coordinator: str, processes: int, process: int, local: int):
     assert recognise(env, metadata=lambda key: "")[:5] == (how, coordinator, processes, process, local)
@@ -218,13 +226,13 @@ def test_a_tpu_vm_asks_google():
 
 @pytest.mark.parametrize("env, says", [
     (dict(JAX_PROCESS_ID="0"), "JAX_PROCESS_ID is set, but not JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES"),
-    (dict(JAX_COORDINATOR_ADDRESS="a:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="2"), "process 2 is none of the 2 from 0 to 1"),
+    (dict(JAX_COORDINATOR_ADDRESS="a:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="2"),
+     "process 2 is none of the 2 from 0 to 1"),
     (dict(JAX_COORDINATOR_ADDRESS="a", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1"), "must be HOST:PORT, not 'a'"),
     (dict(JAX_COORDINATOR_ADDRESS="a:1", JAX_NUM_PROCESSES="x", JAX_PROCESS_ID="1"), "are no whole numbers"),
-    (dict(PMI_SIZE="2", PMI_RANK="1"), "this mpirun does not say where the first process is"), (OMPI, "mpirun -x JAX_COORDINATOR"),
+    (dict(PMI_SIZE="2", PMI_RANK="1"), "this mpirun does not say where the first process is"),
+    (OMPI, "mpirun -x JAX_COORDINATOR"),
 ])  # fmt: skip
 def test_half_an_environment_is_refused(env: dict[str, str], says: str):
     with pytest.raises(ValueError, match=re.escape(says)):
         recognise(env, metadata=lambda key: "")
-
-

@@ -28,7 +28,8 @@ GOLDEN = ROOT / "tests" / "golden" / "launch"
 STUBS = {  # of the clients: each runs what would be run on a host, once
     "srun": 'shift $(($# - 3)); exec "$@"',
     "mpirun": 'shift $(($# - 3)); exec "$@"',
-    "gcloud": 'case "$*" in *describe*) echo READY;; *" ssh "*) for w; do last=$w; done; exec bash -c "${last#--command=}";; '
+    "gcloud": 'case "$*" in *describe*) echo READY;; *" ssh "*) for w; do last=$w; done; '
+              'exec bash -c "${last#--command=}";; '
               '*) echo secret;; esac',
     "scontrol": "exit 1",
     "llama4": 'case "$1" in train) printf "%s\\0" "$@" > "$SEEN"; env -0 > "$SEEN.env";; *) exit 1;; esac',
@@ -52,8 +53,10 @@ def test_the_documentation_shows_what_is_rendered():
 
 # --- Hostile words
 
-NASTY = st.sampled_from(["$(touch HACKED)", "`touch HACKED`", "'; touch HACKED; '", '"; touch HACKED; "', "a\nb: c", "{{ x }}",
-                         "$HOME", "$$(HOME)", "$(HOME)", "\\", "- x", "#", "!", "*", "~", "é\u2028", "\t", "", "null", "yes",
+NASTY = st.sampled_from(["$(touch HACKED)", "`touch HACKED`", "'; touch HACKED; '", '"; touch HACKED; "', "a\nb: c",
+                         "{{ x }}",
+                         "$HOME", "$$(HOME)", "$(HOME)", "\\", "- x", "#", "!", "*", "~", "é\u2028", "\t", "", "null",
+                         "yes",
                          "1e3", "&a", "*a", "%s", "{}", "rank", "EOF", "\x1b[31m"])  # fmt: skip
 WORDS = st.lists(
     NASTY | st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0\r"), max_size=12), max_size=4
@@ -63,7 +66,8 @@ NAMES = st.from_regex(r"[A-Z][A-Z0-9_]{0,8}", fullmatch=True).filter(
 )
 SIZES = {
     "local": [("", 1)], "slurm": [("", 2), ("h100:3x8", 3)], "mpi": [("", 2), ("h100:3x8", 3)],
-    "jobset": [("", 2), ("h100:3x8", 3), ("v5p:4x4x4", 16), ("v6e:4x4", 4)], "sky": [("", 2), ("h100:3x8", 3), ("v6e:4x4", 4)],
+    "jobset": [("", 2), ("h100:3x8", 3), ("v5p:4x4x4", 16), ("v6e:4x4", 4)],
+    "sky": [("", 2), ("h100:3x8", 3), ("v6e:4x4", 4)],
     "ray": [("", 2), ("h100:3x8", 3), ("v5p:4x4x4", 16)], "tpu-vm": [("v5p:4x4x4", 16), ("v5e:2x4", 1)],
     "xpk": [("h100:3x8", 3), ("v5p:4x4x4", 16), ("tpu7x:4x4x4", 16)],
 }  # fmt: skip
@@ -86,8 +90,10 @@ def jobs(draw: st.DrawFn, targets: tuple[str, ...] = (*TARGETS,)) -> tuple[str, 
     if target == "xpk":
         argv, env = (tuple(w.replace("\n", " ") for w in argv), {n: v.replace("\n", " ") for n, v in env.items()})
     return target, dict(
-        name=valid_name(draw(st.text(max_size=50)) or "x"), argv=argv, folder="/shared/run", topology=topology, hosts=hosts,
-        processes=draw(st.integers(1, 3)) if several else 1, devices=chips, image="registry/image:1", env=tuple(env.items()),
+        name=valid_name(draw(st.text(max_size=50)) or "x"), argv=argv, folder="/shared/run", topology=topology,
+        hosts=hosts,
+        processes=draw(st.integers(1, 3)) if several else 1, devices=chips, image="registry/image:1",
+        env=tuple(env.items()),
         secrets=(("A_TOKEN", "tokens/a"),) if target in ("jobset", "tpu-vm", "sky") and draw(st.booleans()) else (),
         grace=draw(st.integers(30, 3600)), restarts=draw(st.integers(0, 20)), zone="z-1", cluster="c", hostfile="hosts",
         queue=draw(st.sampled_from(["", "gpu"])), spot=draw(st.booleans()),
@@ -158,12 +164,16 @@ def test_words_arrive_as_they_are(tmp_path: Path, job: tuple[str, dict[str, Any]
 
 
 @pytest.mark.parametrize("change, says", [
-    (dict(name="Run 1"), "--name 'Run 1' must be lower-case letters, digits and hyphens, at most 40, from a letter on; the nearest is 'run-1'"),
-    (dict(folder="/x; rm"), "--out '/x; rm' must be of letters"), (dict(queue="a b"), "--queue 'a b' must be of letters"),
+    (dict(name="Run 1"),
+     "--name 'Run 1' must be lower-case letters, digits and hyphens, at most 40, from a letter "
+     "on; the nearest is 'run-1'"),
+    (dict(folder="/x; rm"), "--out '/x; rm' must be of letters"),
+    (dict(queue="a b"), "--queue 'a b' must be of letters"),
     (dict(folder="-x"), "--out '-x' must not begin with a hyphen"), (dict(folder=""), "a job needs the run's folder"),
     (dict(env=(("HF_TOKEN", "x"),)), "--env HF_TOKEN would write a secret into a file: give --secret HF_TOKEN"),
     (dict(env=(("A B", "x"),)), "--env 'A B' is not the name of a variable"), (dict(port=80), "--port lies between"),
-    (dict(grace=1), "--grace lies between 30"), (dict(argv=("a\0",)), "holds a NUL"), (dict(hosts=0), "--hosts must be at least 1"),
+    (dict(grace=1), "--grace lies between 30"), (dict(argv=("a\0",)), "holds a NUL"),
+    (dict(hosts=0), "--hosts must be at least 1"),
 ])  # fmt: skip
 def test_bad_jobs_are_refused(change: dict, says: str):
     with pytest.raises(ValueError, match=re.escape(says)):
@@ -171,11 +181,15 @@ def test_bad_jobs_are_refused(change: dict, says: str):
 
 
 @pytest.mark.parametrize("line, says", [
-    ("slrm pretrain:tiny", "no target 'slrm'; the nearest is 'slurm' (all: local, slurm, jobset, sky, ray, tpu-vm, mpi, xpk)"),
-    ("slurm pretrain:tiny --topology v5p:4x4x4 --out /x --train.batch 64", "slurm runs on GPUs and CPUs, not on v5p:4x4x4"),
+    ("slrm pretrain:tiny",
+     "no target 'slrm'; the nearest is 'slurm' (all: local, slurm, jobset, sky, ray, tpu-vm, mpi, xpk)"),
+    ("slurm pretrain:tiny --topology v5p:4x4x4 --out /x --train.batch 64",
+     "slurm runs on GPUs and CPUs, not on v5p:4x4x4"),
     ("jobset pretrain:tiny --image i --topology v5p:4x4x4", "every host of jobset must see the run's folder"),
-    ("jobset pretrain:tiny --image i --topology v5p:4x4x4 --hosts 3 --out gs://b/x", "v5p:4x4x4 is 16 hosts of 4 chips, not --hosts 3"),
-    ("slurm pretrain:tiny --hosts 3 --out /x", "train.batch (8) must be a multiple of replica x fsdp x expert x scout's microbatches = 3"),
+    ("jobset pretrain:tiny --image i --topology v5p:4x4x4 --hosts 3 --out gs://b/x",
+     "v5p:4x4x4 is 16 hosts of 4 chips, not --hosts 3"),
+    ("slurm pretrain:tiny --hosts 3 --out /x",
+     "train.batch (8) must be a multiple of replica x fsdp x expert x scout's microbatches = 3"),
     ("mpi pretrain:tiny --hosts 2 --out /x", "mpi on 2 hosts needs --hostfile FILE"),
     ("tpu-vm pretrain:tiny --topology tpu7x:4x4x4 --zone z --out gs://b/x", "tpu-vm runs on slices of v5e, v5p, v6e"),
     ("slurm pretrain:tiny --out /x --env A", "--env takes NAME=VALUE, not 'A'"),
@@ -198,7 +212,8 @@ def test_the_client_gets_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "kubectl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
-    assert cli.main("launch jobset pretrain:tiny --topology v6e:2x4 --out gs://b/x --image i".split()) == 3
+    line = "launch jobset pretrain:tiny --topology v6e:2x4 --out gs://b/x --image i"
+    assert cli.main(line.split()) == 3
     printed = capfd.readouterr()
     assert "kubectl create -f launches/x.yaml" in printed.out and "resume: kubectl delete jobset x" in printed.err
     assert yaml.safe_load((tmp_path / "launches" / "x.yaml").read_text())["kind"] == "JobSet"

@@ -29,7 +29,7 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A controller and two nodes, started in a folder and stopped by their pids; /etc/hosts knows the nodes meanwhile."""
+    """A controller and two nodes, started in a folder and stopped by their pids; /etc/hosts knows the nodes."""
     assert shutil.which("slurmctld"), "slurm-wlm is not installed: make test-slurm"
     folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname()
     (folder / "slurm.conf").write_text(f"""
@@ -102,7 +102,8 @@ def rendered(folder: Path, name: str, capsys: pytest.CaptureFixture[str], target
     """The file of a run `name` of four processes, on two nodes where there are some."""
     size = ["--hosts", "2", "--processes", "2"] if target == "slurm" else ["--processes", "4"]
     words = [target, "pretrain:tiny", *size, *options(folder, STEPS), "--train.checkpoint-every", "5", "--out",
-             str(folder / name), "--program", str(program(folder)), "--workdir", str(folder), "--env", f"XLA_FLAGS={QUICK}",
+             str(folder / name), "--program", str(program(folder)), "--workdir", str(folder),
+             "--env", f"XLA_FLAGS={QUICK}",
              "--grace", "60", "--hours", "1", *more]  # fmt: skip
     assert cli.main(["launch", *words, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
@@ -179,6 +180,8 @@ def test_stopped_killed_and_resumed(slurm: Path, capsys: pytest.CaptureFixture[s
     assert field(job, "JobState") == "COMPLETED", log(slurm, "broken", job)
     assert field(job, "Restarts") == "2"
 
-    done = subprocess.run(["bash", rendered(slurm, "peace", capsys, "local")], cwd=slurm, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", rendered(slurm, "peace", capsys, "local")], cwd=slurm, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert losses(run) == losses(slurm / "peace")
