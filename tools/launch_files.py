@@ -29,8 +29,6 @@ OTHERS = {
     "--out gs://bucket/runs/tiny --image registry/llama4:tpu --queue research",
     "sky-tpu": "sky pretrain:tiny --topology v6e:4x4 --train.batch 16 --out gs://bucket/runs/tiny --spot",
     "ray-gpu": "ray pretrain:tiny --topology h100:2x8 --processes 8 --train.batch 16 --out gs://bucket/runs/tiny",
-    "xpk-gpu": "xpk pretrain:tiny --topology h100:2x8 --train.batch 16 --out gs://bucket/runs/tiny --cluster gpus "
-    "--image registry/llama4:gpu",
 }
 """Jobs that the documentation does not show."""
 

@@ -6,26 +6,23 @@ from launch.render import shell
 from launch.render.job import Artefact, JobSpec
 from launch.render.jobset import AGAIN, KILLED
 
-TYPES = {"v5e": "v5litepod", "h100": "h100-mega-80gb"}
+TYPES = {"v5e": "v5litepod"}
 
 
 def render(spec: JobSpec) -> Artefact:
-    """xpk counts slices of TPUs, and nodes of GPUs; it knows the devices of both by names of its own."""
-    if spec.platform == "cpu":
-        raise ValueError("xpk runs on TPUs and GPUs: give --topology, e.g. v5p:4x4x8 or h100:8x8")
+    """TPUs alone: xpk puts a command for GPUs into its YAML between double quotes, which one with quotes breaks."""
+    if spec.platform != "tpu":
+        raise ValueError(f"xpk runs on TPUs, not on {spec.topology or 'CPUs'}: jobset runs on GPUs and CPUs, too")
     if not spec.cluster or not spec.image:
         raise ValueError("xpk needs --cluster and --image: xpk cluster create makes the one, docker/ the other")
     if spec.secrets:
         raise ValueError("xpk sets no variable from a secret: use jobset, or workload identity for the bucket")
-    number = spec.chips_per_host if spec.platform == "gpu" else spec.slice_name.rpartition("-")[2]
-    device = f"{TYPES.get(spec.kind, spec.kind)}-{number}"
-    size = ["--num-nodes", str(spec.hosts)] if spec.platform == "gpu" else ["--num-slices", str(spec.slices)]
     if any("\n" in word for word in (*spec.argv, *dict(spec.env).values())):
         raise ValueError("xpk takes the command as one line: a word or variable of this job has several; use jobset")
-    exports = [line for line in shell.exports(spec) if not line.startswith("#")]
-    command = "; ".join([*exports, f"exec {shell.line(spec.program, *spec.argv)}"])
+    device = f"{TYPES.get(spec.kind, spec.kind)}-{spec.slice_name.rpartition('-')[2]}"
+    command = "; ".join([*shell.exports(spec), f"exec {shell.line(spec.program, *spec.argv)}"])
     words = ["xpk", "workload", "create", "--cluster", spec.cluster, "--workload", spec.name,
-             "--docker-image", spec.image, "--tpu-type" if spec.platform == "tpu" else "--device-type", device, *size,
+             "--docker-image", spec.image, "--tpu-type", device, "--num-slices", str(spec.slices),
              "--max-restarts", str(spec.restarts), "--restart-on-exit-codes",
              ",".join(str(code) for code in AGAIN if code < 127),
              "--termination-grace-period-seconds", str(spec.grace + KILLED)]  # fmt: skip

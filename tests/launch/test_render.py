@@ -69,7 +69,7 @@ SIZES = {
     "jobset": [("", 2), ("h100:3x8", 3), ("v5p:4x4x4", 16), ("v6e:4x4", 4)],
     "sky": [("", 2), ("h100:3x8", 3), ("v6e:4x4", 4)],
     "ray": [("", 2), ("h100:3x8", 3), ("v5p:4x4x4", 16)], "tpu-vm": [("v5p:4x4x4", 16), ("v5e:2x4", 1)],
-    "xpk": [("h100:3x8", 3), ("v5p:4x4x4", 16), ("tpu7x:4x4x4", 16)],
+    "xpk": [("v5p:4x4x4", 16), ("tpu7x:4x4x4", 16)],
 }  # fmt: skip
 
 
@@ -217,6 +217,48 @@ def test_the_client_gets_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     printed = capfd.readouterr()
     assert "kubectl create -f launches/x.yaml" in printed.out and "resume: kubectl delete jobset x" in printed.err
     assert yaml.safe_load((tmp_path / "launches" / "x.yaml").read_text())["kind"] == "JobSet"
+
+
+@pytest.mark.parametrize("topology, hosts", [("v5p:4x4x4", 16), ("v5p:4x8x8", 64), ("v6e:4x4", 4), ("v6e:16x16", 64),
+                                             ("v5e:4x4", 4), ("tpu7x:4x4x4", 16)])  # fmt: skip
+def test_a_jobset_is_as_xpk_makes_it(topology: str, hosts: int, tmp_path: Path):
+    """xpk's own manifest of the line that is rendered for it, field by field."""
+    xpk = shutil.which("xpk") or pytest.skip("xpk is not installed: pip install xpk, into an environment of its own")
+    chips = 8 if topology.startswith("tpu7x") else 4
+    spec = JobSpec("a", ("train", "pretrain:tiny"), "gs://b/x", topology, hosts, devices=chips, image="i", cluster="c",
+                   project="p", zone="us-east5-a", grace=600, restarts=3)  # fmt: skip
+    (tmp_path / "xpk").write_text(
+        f'#!/bin/sh\nexec {xpk} "$@" --dry-run --skip-validation --output-manifest-file m.yaml\n'
+    )
+    (tmp_path / "xpk").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    made = render("xpk", spec).text
+    done = subprocess.run(["bash", "-c", made], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+    def fields(text: str) -> dict[str, Any]:
+        whole = yaml.safe_load(text)
+        jobs = whole["spec"]["replicatedJobs"][0]
+        job = jobs["template"]["spec"]
+        pod = job["template"]["spec"]
+        (container,) = pod["containers"]
+        rule = job["podFailurePolicy"]["rules"][-1]
+        return {
+            "apiVersion": whole["apiVersion"], "kind": whole["kind"], "name": whole["metadata"]["name"],
+            "topology": whole["metadata"]["annotations"], "restarts": whole["spec"]["failurePolicy"]["maxRestarts"],
+            "policy": whole["spec"]["failurePolicy"]["rules"][-1] | {"name": ""}, "slices": jobs["replicas"],
+            "parallelism": job["parallelism"], "completions": job["completions"], "backoff": job["backoffLimit"],
+            "rule": (rule["action"], rule["onExitCodes"]["operator"]), "never": pod["restartPolicy"],
+            "again": {70, 75, 134, 137, 139, 143} <= {*rule["onExitCodes"]["values"]}, "nodes": pod["nodeSelector"],
+            "network": pod["hostNetwork"], "dns": pod["dnsPolicy"], "grace": pod["terminationGracePeriodSeconds"],
+            "chips": container["resources"]["limits"], "image": container["image"],
+            "tolerations": [(t["key"], t["operator"]) for t in pod["tolerations"]],
+            "shm": [v["emptyDir"] for v in pod["volumes"]],
+            "mount": [m["mountPath"] for m in container["volumeMounts"]],
+        }  # fmt: skip
+
+    theirs, ours = fields((tmp_path / "m.yaml").read_text()), fields(render("jobset", spec).text)
+    assert ours == theirs
 
 
 # --- Validators, where they are installed
