@@ -61,20 +61,20 @@ def main(argv: list[str] | None = None) -> int:
     """The exit status of a command. A process of several that fails ends here: nothing waits for it."""
     try:
         status = _run(argv)
-    except BaseException as error:
-        if distributed := _joined():
-            if not isinstance(error, SystemExit):
-                traceback.print_exc()
-            distributed.leave(distributed.DIED)
+    except Exception:
+        if launched := _of_several():
+            traceback.print_exc()
+            launched.leave(launched.DIED)
         raise
-    if distributed := _joined():
-        distributed.leave(status)
+    if launched := _of_several():
+        launched.leave(status)
     return status
 
 
-def _joined() -> ModuleType | None:
-    """`launch.distributed`, if the command had a use for it."""
-    return sys.modules.get("launch.distributed")
+def _of_several() -> ModuleType | None:
+    """`launch.distributed`, in a process that has joined others."""
+    launched = sys.modules.get("launch.distributed")
+    return launched if launched and launched.joined else None
 
 
 def _run(argv: list[str] | None) -> int:

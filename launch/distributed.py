@@ -22,7 +22,10 @@ WAIT = 300.0
 """Seconds to wait for the other processes, which may still be fetching an image; LLAMA4_START_TIMEOUT sets it."""
 DIED = 70
 """Exit status of a process of several that died of what nobody foresaw: a peer gone, a device lost."""
-_joined: Place | None = None
+STOPPED = 75
+"""Exit status of a process that was stopped with a checkpoint, as all the others are."""
+joined = False
+"""Whether this process has met others by jax.distributed."""
 _place: Place | None = None
 
 
@@ -31,7 +34,7 @@ def initialize(cfg: RunConfig) -> Place:
 
     ValueError, in one line that names the rank and the cause, where the processes do not fit together.
     """
-    global _joined, _place
+    global joined, _place
     if _ray_did():
         return _of_ray(cfg)
     _place = place = places.recognise()
@@ -52,7 +55,7 @@ def initialize(cfg: RunConfig) -> Place:
 
     ids = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     own = [int(i) for i in ids.split(",")] if ids else _own_devices(place)
-    _joined = place
+    joined = True
     jax.distributed.initialize(place.coordinator, place.processes, place.process, own,
                                cluster_detection_method="deactivate", initialization_timeout=int(wait))  # fmt: skip
     _check_devices(place)
@@ -163,7 +166,7 @@ def say(line: str) -> None:
 
 def leave(status: int) -> None:
     """End a process of several that failed, at once: else it would wait in JAX for the others, which wait for it."""
-    if _joined and status:
+    if status not in (0, STOPPED):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

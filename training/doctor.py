@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -107,9 +108,10 @@ def disk(folder: str, size: int) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"cannot measure the storage of {folder}: {error.strerror or error}") from error
     finally:
-        file.unlink(missing_ok=True)
-        if fresh and place.exists():
-            place.rmdir()
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+            if fresh:
+                place.rmdir()
     if not same:
         raise ValueError(f"{folder} gave back other bytes than were written")
     return dict(folder=folder, bytes=size, write=size / (wrote - began), read=size / (read - wrote))

@@ -42,7 +42,7 @@ def render(spec: JobSpec) -> Artefact:
         "podFailurePolicy": {"rules": [
             {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "NotIn",
-                                                  "values": [0, *AGAIN]}},
+                                                  "values": [*AGAIN]}},
         ]},
         "template": {"spec": _pod(spec, each)},
     }  # fmt: skip

@@ -7,6 +7,9 @@ import shlex
 from launch.render import shell
 from launch.render.job import KINDS, Artefact, JobSpec
 
+WAITS = 720
+"""Minutes to wait for a slice."""
+
 
 def render(spec: JobSpec) -> Artefact:
     """The script stays with the job: a slice that was taken back is made anew, a job that asks for it started again,
@@ -42,7 +45,7 @@ def render(spec: JobSpec) -> Artefact:
         f'  state=$({state} 2>/dev/null)',
         '  if [ "$state" != READY ]; then  # not there yet, or taken back',
         f'    [ -z "$state" ] || {delete}',
-        f"    until {create}; do sleep 60; done",
+        f"    for ((i = 0; i < {WAITS}; i++)); do {create} && break; sleep 60; done",
         "  fi",
         f"  {ssh} --command={shell.CALL} && exit",
         "  status=$?",
