@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,15 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    began = time.time()
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext(), refusals(args):
         cfg = configuration(args)
         place = distributed.initialize(cfg)
-        if place.process == 0:
-            from training.status import begin
-
-            begin(cfg.folder, dict(how=place.how, hosts=place.hosts or [place.host], job=place.job))
         with watched(cfg, args, place):
-            summary = train(cfg, place)
+            summary = train(cfg, place, began)
     if args.json and place.process == 0:
         print(json.dumps(summary))
     return status(summary)
@@ -116,13 +114,17 @@ def find(name: str) -> RunConfig:
         raise ValueError(f"{stored} is not a run's configuration: {error}") from error
 
 
-def train(cfg: RunConfig, place: Place = ALONE) -> dict[str, Any]:
-    """Open the data and train; the summary of `training.loop.train`."""
+def train(cfg: RunConfig, place: Place = ALONE, began: float = 0.0) -> dict[str, Any]:
+    """Open the data and train; the summary of `training.loop.train`. `began`: when this start did (default: now)."""
     from launch.startup import open_corpus
     from training import loop
+    from training import status as status_of
 
     corpus = open_corpus(cfg, print if place.process == 0 else lambda _: None)
     distributed.agree(place, {"tokenizer": corpus.tokenizer.hash, "data": corpus.hash})
+    if place.process == 0:
+        status_of.begin(cfg.folder, dict(how=place.how, hosts=place.hosts or [place.host], job=place.job,
+                                         time=round(began or time.time(), 3)))  # fmt: skip
     return loop.train(cfg, corpus)
 
 

@@ -52,7 +52,7 @@ def examine(mesh: Mesh, folder: str = "", seconds: float = 1.0) -> dict[str, Any
         variables={n: v for n, v in sorted(os.environ.items()) if n.startswith(SHOWN)},
         devices=dict(count=jax.device_count(), here=jax.local_device_count(), processes=jax.process_count(),
                      kind=device.device_kind, platform=device.platform, memory=_device_memory(device)),
-        rates={name: dict(value=value, sheet=sheet[name], share=value / sheet[name] if sheet[name] else None)
+        rates={name: dict(value=value, sheet=sheet[name], share=value / peak if (peak := sheet[name]) else None)
                for name, value in measured.items()},
         collectives={name: gather(mesh, name, shard, seconds) for name, size in mesh.shape.items() if size > 1},
         storage=disk(folder, storage) if folder else None,
@@ -185,5 +185,5 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _device_memory(device: jax.Device) -> int | None:
+def _device_memory(device: Any) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")

@@ -18,7 +18,7 @@ import jax
 SPENT = {"compile": 0.0, "save": 0.0, "restore": 0.0, "evaluate": 0.0}
 """Seconds of this process so far; the saving that goes on beside steps is not counted."""
 PREFIX = "seconds/"
-KINDS = ("steps", "data", "start", "compile", "restore", "evaluate", "save", "other", "restart")
+KINDS: tuple[str, ...] = ("steps", "data", "start", "compile", "restore", "evaluate", "save", "other", "restart")
 """steps: those that the run has, without the wait for their data; start: until the first step, without what follows;
 other: what nobody counts, logging for one; restart: from the last record of a start to the next start, in which the
 run stood still or did what it then did again."""
@@ -52,9 +52,9 @@ def _listen() -> None:
         jax.monitoring.register_event_duration_secs_listener(_heard)
 
 
-def _heard(event: str, seconds: float, **_: Any) -> None:
+def _heard(event: str, duration_secs: float, **kwargs: Any) -> None:
     if event.startswith("/jax/core/compile/"):  # tracing, lowering, the compiler
-        SPENT["compile"] += seconds
+        SPENT["compile"] += duration_secs
 
 
 def account(records: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -28,7 +28,7 @@ def time_spent(runs: Sequence[Run]) -> str:
                 for i, (kind, word) in enumerate(WORDS.items())]  # fmt: skip
         body += card(f'<p class="who">{label}goodput {share:.1%}</p>{bar(seconds)}{table(["", "time", "share"], rows)}')
     if missing:
-        body += note(f"Where the time went was not recorded: {', '.join(missing)}.")
+        body += note(f"Where the time went was not kept: {', '.join(missing)}.")
     return section("Time", body)
 
 
