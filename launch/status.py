@@ -46,6 +46,9 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
         rates = [f"{last['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in last else []
         rates += [f"MFU {last['mfu']:.1%}"] if "mfu" in last else []
         yield f"last record: {', '.join([*losses, *rates])}, {_ago(last.get('time'))}"
+    if "seconds_per_step" in last and "seconds/save" in last:
+        yield (f"a step takes {last['seconds_per_step']:.3g} s; saves have held steps up for "
+               f"{last['seconds/save']:.3g} s since this start")  # fmt: skip
     if found["starts"]:
         start = found["starts"][-1]
         hosts = start.get("hosts") or []
