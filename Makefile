@@ -18,7 +18,7 @@ TEST_STAMP := .venv/.installed-test$(subst $(space),,$(addprefix -,$(EXTRA_LIST)
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-launch test-slurm lint bench-cpu plans plan-accuracy experiment experiment-teacher canary clean
+.PHONY: help demo test test-slow test-launch test-slurm lint bench-cpu plans plan-accuracy experiment experiment-teacher chaos canary clean
 
 help: ## show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ experiment-teacher: $(CORE_STAMP) ## train the teacher of the experiment, half a
 
 experiment: $(CORE_STAMP) ## distil in many ways over five seeds, with controls, and write docs/experiments.md
 	@$(BIN)/python -m tools.experiment
+
+chaos: $(CORE_STAMP) ## break runs in every known way, under an hour on two quiet cores, and write docs/reliability.md
+	@$(BIN)/python -m tools.chaos --docs docs/reliability.md
 
 canary: ## run the tests on Python 3.12 with the newest releases, unpinned
 	@test -x .venv-canary/bin/python || $(CANARY_PYTHON) -m venv --clear .venv-canary

@@ -5,9 +5,10 @@ so that `llama4 X --help` answers at once. A command with actions, `llama4 data 
 table like `COMMANDS` of such modules. Options that a command with `TAKES_OVERRIDES` does not know are fields of the
 run's configuration (`launch/overrides.py`); they arrive as `args.overrides`.
 
-Exit status: 0 done, 1 failed (diverged, not equal, its teacher gone, or with the traceback of what nobody foresaw), 2
-wrong input (one line on stderr), 130 and 143 stopped by Ctrl-C and SIGTERM. Of a job of several processes also 70: a
-process did not come, or died of what nobody foresaw, a peer or a device that was lost; it may be started again.
+Exit status: 0 done, 1 failed (diverged, not equal, its teacher gone, the disk full, or with the traceback of what
+nobody foresaw), 2 wrong input (one line on stderr), 70 ended by its watchdog or, of a job of several processes, one did
+not come or died of what nobody foresaw, a peer or a device that was lost: it may be started again; 75 stopped by
+SIGTERM with a checkpoint, to be started again, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from launch import overrides
+from training.redact import redact
 
 COMMANDS = {
     "demo": ("launch.demo", "train a tiny teacher and two students here, export, verify, let them write, report"),
@@ -33,6 +35,7 @@ COMMANDS = {
     "status": ("launch.status", "how far a run is, whether it goes on, and what became of its time"),
     "board": ("launch.board", "a page about a run under way, which refreshes itself"),
     "targets": ("launch.targets", "write a teacher's soft targets for students to read, or show what a folder holds"),
+    "checkpoint": ("launch.checkpoint", "list, verify or compare what a run has kept"),
     "export": ("launch.export", "turn a run's checkpoint into a Hugging Face folder"),
     "import": ("launch.import_", "turn a Hugging Face folder into a run's checkpoint"),
     "verify": ("launch.verify", "compare a Hugging Face folder's logits with transformers' or a NumPy oracle's"),
@@ -85,22 +88,27 @@ def _run(argv: list[str] | None) -> int:
     except (ValueError, FileNotFoundError, ImportError) as error:
         if not _is_input(error):
             raise
-        print(f"llama4: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(" ".join(str(error).split()))
         return 2
     except FloatingPointError as error:
-        print(f"llama4: error: {error}", file=sys.stderr)
+        _complain(error)
         return 1
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except ConnectionError as error:
+    except OSError as error:  # a teacher gone, a disk full, a folder that another run writes
         if not _is_ours(error):
             raise
-        print(f"llama4: error: {error}", file=sys.stderr)
+        _complain(error.strerror if error.errno else error)
         return getattr(error, "status", 1)
     except KeyboardInterrupt:
         print("llama4: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _complain(what: object) -> None:
+    """One line on stderr, without secrets."""
+    print(f"llama4: error: {redact(str(what))}", file=sys.stderr)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, Callable[[argparse.Namespace], int]]:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -129,5 +130,10 @@ def train(cfg: RunConfig, place: Place = ALONE, began: float = 0.0) -> dict[str,
 
 
 def status(summary: dict[str, Any]) -> int:
-    """Of the process: that of the signal which stopped the run after a last checkpoint, or 0."""
+    """Of the process: 0; 75 where SIGTERM stopped the run after a last checkpoint, to be started again; 130 where
+    Ctrl-C did."""
+    from training.stop import AGAIN
+
+    if summary["signal"] == signal.SIGTERM:
+        return AGAIN
     return 128 + summary["signal"] if summary["signal"] else 0

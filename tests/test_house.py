@@ -32,7 +32,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 # Every field is public through the command line. A new experiment is a function in configs/, not a new field: raise
 # this number only on purpose.
-MAX_CONFIG_FIELDS = 105
+MAX_CONFIG_FIELDS = 111
 
 
 @cache
@@ -216,6 +216,29 @@ def test_nothing_of_one_machine_or_registry():
         for number, line in enumerate(content.decode("utf-8").splitlines(), start=1):
             if found := places.search(line):
                 wrong.append(f"{where(path, number)} names {found[0]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_unpickles():
+    """Files from elsewhere are data: nothing that could run them is imported or asked for."""
+    banned = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
+    wrong = [
+        f"{where(path, line)} imports {module}"
+        for path in sources(*MAY_IMPORT, "tools")
+        for line, module in imported(path)
+        if module.split(".")[0] in banned
+    ]
+    for path in sources(*MAY_IMPORT, "tools"):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                asks = {k.arg: ast.unparse(k.value) for k in node.keywords if k.arg}
+                if name in ("eval", "exec", "torch.load", "pandas.read_pickle", "pd.read_pickle", "os.system"):
+                    wrong.append(f"{where(path, node.lineno)} calls {name}")
+                if asks.get("allow_pickle", "False") != "False" or asks.get("trust_remote_code", "False") != "False":
+                    wrong.append(f"{where(path, node.lineno)} {name} is to run what it reads")
+                if asks.get("shell", "False") != "False":
+                    wrong.append(f"{where(path, node.lineno)} {name} goes through a shell")
     assert not wrong, "\n".join(wrong)
 
 

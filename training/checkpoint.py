@@ -4,7 +4,8 @@
 JSON) and `run` (the resolved config and the tokenizer's hash, JSON). Arrays are stored flat, by a name such as
 `learners.scout.params.blocks.layers.0.attention.wq_DNH`, so that a checkpoint can be read without this project's
 classes; each in chunks of one block (and one expert), so that a reader of a single layer or expert, on whatever
-mesh, reads that alone. Orbax restores a wrong dtype by casting in silence: shapes and dtypes are compared here.
+mesh, reads that alone. Orbax restores a wrong dtype by casting in silence, and damaged files without a word: shapes,
+dtypes and the files' digests are compared here. `manifest.json`, written last, makes a checkpoint of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -27,32 +29,50 @@ from jax.sharding import Mesh
 from data.loader import merged
 from llama4_jax.axes import is_variable
 from llama4_jax.text import abstract
+from training import manifest
 from training.config import RunConfig
 from training.goodput import spent
 from training.mesh import shardings
 from training.state import TrainState, execution
 
 RESUMABLE = ("name", "out", "mesh", "train.steps", "train.log_every", "train.eval_every", "train.eval_batches",
-             "train.checkpoint_every", "train.checkpoint_keep")  # fmt: skip
+             "train.checkpoint_every", "train.checkpoint_keep", "train.checkpoint_keep_every", "safety")  # fmt: skip
 """Config fields that a resumed run may change freely; of a learner all but its model, too."""
 RESUMABLE_OF_A_STAGE = ("mesh", "microbatches", "remat", "schedule")
 """Likewise of a stage that has begun; one that has not may change as it likes, or come or go."""
 
 
-class Checkpoints:
-    """The checkpoints of a run's folder. Closing waits for the last save; a failed save raises there or at the next."""
+class Damaged(ValueError):
+    """A checkpoint whose files are not what was written."""
 
-    def __init__(self, folder: str | epath.Path, keep: int | None = None):
-        """`keep`: how many of the newest to keep; None opens the folder for reading only."""
-        self.folder = epath.Path(folder) / "checkpoints"
+
+class Checkpoints:
+    """The checkpoints of a run's folder. Closing waits for the last save; a failed save raises there or at the next.
+
+    A checkpoint counts once its manifest is there (`training/manifest.py`), which is made in the background after all
+    else is written. Whatever reads one compares every file with it first; `newest_good` falls back to one before.
+    """
+
+    def __init__(self, folder: str | epath.Path, keep: int | None = None, keep_every: int = 0):
+        """`keep`: how many of the newest to keep; None opens the folder for reading only. Of older ones those of steps
+        that are multiples of `keep_every` stay, too."""
+        self.folder, self._keep, self._keep_every = epath.Path(folder) / "checkpoints", keep, keep_every
         if keep is None and not self.folder.exists():
             raise FileNotFoundError(f"no checkpoints in {folder}: {self.folder} does not exist")
-        writes = keep is not None  # what an interrupted save left behind is removed by the next writer
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=writes, cleanup_tmp_directories=writes)
-        json_item = ocp.JsonCheckpointHandler
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": json_item(), "run": json_item()}
-        self._manager = ocp.CheckpointManager(epath.Path(self.folder).resolve(), None, options, item_handlers=handlers)
+        if keep is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        # A store has no renames: there Orbax's mark of what is whole is a file, too.
+        mode = ocp.options.AtomicityMode
+        atomicity = ocp.options.AtomicityOptions(mode=mode.COMMIT_FILE if _in_store(self.folder) else mode.AUTO)
+        items = ocp.CompositeCheckpointHandler(
+            state=ocp.PyTreeCheckpointHandler(), data=ocp.JsonCheckpointHandler(), run=ocp.JsonCheckpointHandler(),
+            composite_options=ocp.CompositeOptions(atomicity_options=atomicity),
+        )  # fmt: skip
+        self._orbax = ocp.AsyncCheckpointer(items, atomicity_options=atomicity)
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._sealing: Future[None] | None = None
         self._saving = 0
+        self._verified: set[int] = set()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -65,21 +85,83 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._background.shutdown()
+            self._orbax.close()
+
+    # --- Which there are
+
+    @property
+    def steps(self) -> list[int]:
+        """Of the complete checkpoints, in order; whether they are good is not looked at."""
+        names = [f.name for f in self.folder.iterdir() if f.name.isdecimal() and (f / manifest.FILE).exists()]
+        return sorted(map(int, names))
 
     @property
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        return max(self.steps, default=None)
 
     def find(self, step: int | None = None) -> int:
         """That step, or the newest, if there is a checkpoint of it; else FileNotFoundError."""
-        steps = list(self._manager.all_steps())
+        steps = self.steps
         if not steps or (step is not None and step not in steps):
             wanted = "complete checkpoint" if step is None else f"checkpoint of step {step}"
             near = f"; the nearest is {min(steps, key=lambda s: abs(s - step))}" if steps and step is not None else ""
-            raise FileNotFoundError(f"no {wanted} in {self.folder}; there are: {sorted(steps)}{near}")
+            raise FileNotFoundError(f"no {wanted} in {self.folder}; there are: {steps}{near}")
         return max(steps) if step is None else step
+
+    def problems(self, step: int) -> list[str]:
+        """What is wrong with a checkpoint's files, a line each; with several processes all of them must ask."""
+        found = manifest.problems(self.path(step), jax.process_index(), jax.process_count())
+        if jax.process_count() > 1:
+            worst = multihost_utils.process_allgather(np.array(len(found), np.int32))
+            found = found or ([f"process {int(worst.argmax())} found it damaged"] if worst.any() else [])
+        if not found:
+            self._verified.add(step)
+        return found
+
+    def check_good(self, step: int) -> None:
+        """`Damaged`, naming the file, if the checkpoint is not what was written; looked at once."""
+        if step not in self._verified and (found := self.problems(step)):
+            raise Damaged(f"checkpoint {self.path(step)} is damaged: {found[0]}{self._others(step)}")
+
+    def newest_good(self, say: Callable[[str], object]) -> int | None:
+        """Step of the newest checkpoint that is what was written. Damaged ones before it are set aside, and what a
+        save that was broken off left behind is removed; `say` takes a line for each."""
+        first = jax.process_index() == 0
+        for left in self._leftovers() if first else ():
+            left.rmtree() if left.is_dir() else left.unlink()
+        multihost_utils.sync_global_devices("what broken-off saves left is gone")
+        unfinished = {int(f.name) for f in self.folder.iterdir() if f.name.isdecimal()} - set(self.steps)
+        for step in sorted(unfinished, reverse=True):
+            self.set_aside(step, f"{manifest.FILE} is missing: the save was broken off, or the file deleted", say)
+        for step in reversed(self.steps):
+            if not (found := self.problems(step)):
+                return step
+            self.set_aside(step, "; ".join(found[:3]), say)
+        return None
+
+    def set_aside(self, step: int, why: str, say: Callable[[str], object]) -> None:
+        """Move a checkpoint to `checkpoints/set-aside`, where nothing looks for it; every process must call this."""
+        places = (self.folder / "set-aside" / f"{step}{suffix}" for suffix in ("", *(f".{n}" for n in range(1, 10**6))))
+        to = next(place for place in places if not place.exists())
+        multihost_utils.sync_global_devices(f"step {step} is set aside")
+        if jax.process_index() == 0:
+            manifest.move(self.path(step), to)
+            (to.parent / f"{to.name}.txt").write_text(why + "\n")
+        multihost_utils.sync_global_devices(f"step {step} was set aside")
+        self._verified.discard(step)
+        say(f"checkpoint {self.path(step)} is not used: {why}; moved to {to}")
+
+    def path(self, step: int) -> epath.Path:
+        """The folder of a checkpoint."""
+        return self.folder / str(step)
+
+    def digest(self, step: int) -> str:
+        """Names the whole of a checkpoint."""
+        return manifest.name_of(self.path(step))
+
+    # --- Writing
 
     @spent("save")
     def save(self, step: int, state: TrainState, position: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -96,16 +178,58 @@ class Checkpoints:
             run=ocp.args.JsonSave(dict(record)),
         )
         try:
-            self._manager.save(step, args=items, force=True)
+            self._orbax.save(_absolute(self.path(step)), args=items, force=True)
         except Exception as error:
             raise self._failure(error) from error
+        self._verified.discard(step)
+        self._sealing = self._background.submit(self._seal, step)
+
+    def _seal(self, step: int) -> None:
+        """Once Orbax is done, the manifest; then checkpoints that are not kept go, the manifest before the rest."""
+        self._orbax.wait_until_finished()
+        manifest.write(self.path(step), jax.process_index(), jax.process_count())
+        if jax.process_index() > 0 or self._keep is None:
+            return
+        for old in self.steps[: -self._keep]:
+            if not (self._keep_every and old % self._keep_every == 0):
+                manifest.persist((self.path(old) / manifest.FILE).unlink)
+                manifest.persist(self.path(old).rmtree)
 
     def check(self) -> None:
         """OSError if a save has failed in the background; returns at once."""
+        if self._sealing and self._sealing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save under way is done, its manifest included; OSError if it failed."""
+        sealing, self._sealing = self._sealing, None
         try:
-            self._manager.check_for_errors()
+            if sealing:
+                sealing.result()
         except Exception as error:
             raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> OSError:
+        what = str(error).strip().splitlines() or [type(error).__name__]
+        return OSError(f"the checkpoint of step {self._saving} in {self.folder} was not written: {what[0]}")
+
+    def _leftovers(self) -> list[epath.Path]:
+        """What broken-off saves left: Orbax's temporary folders, and in a store folders without its mark."""
+        found = [f for f in self.folder.iterdir() if "orbax-checkpoint-tmp" in f.name]
+        if _in_store(self.folder):
+            numbered = [f for f in self.folder.iterdir() if f.name.isdecimal()]
+            found += [f for f in numbered if not (f / "commit_success.txt").exists() and not self._sealed(f)]
+        return found
+
+    @staticmethod
+    def _sealed(folder: epath.Path) -> bool:
+        return (folder / manifest.FILE).exists()
+
+    def _others(self, step: int) -> str:
+        others = [s for s in self.steps if s != step]
+        return f"; other checkpoints: {', '.join(map(str, others))}" if others else "; there is no other"
+
+    # --- Reading
 
     def record(self, step: int) -> dict[str, Any]:
         """What `run_record` returned when the checkpoint was written."""
@@ -124,33 +248,42 @@ class Checkpoints:
         """The part of the state whose names begin with `prefix`, as the abstract tree `like` is shaped and placed."""
         named = named_leaves(like, prefix)
         wanted = {name: _value(leaf) for name, leaf in named.items()}
-        stored: Any = self._manager.item_metadata(self.find(step))["state"]
-        _check_leaves(wanted, {n: m for n, m in stored.tree.items() if n.startswith(prefix)}, f"{self.folder}/{step}")
-        args = {
-            name: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
-            for name, x in wanted.items()
-        }
-        restore = ocp.args.PyTreeRestore(wanted, restore_args=args, partial_restore=True)
-        arrays = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+        stored = {name: of for name, of in self.shapes(step).items() if name.startswith(prefix)}
+        _check_leaves(wanted, stored, f"{self.folder}/{step}")
+        arrays = self.arrays(step, wanted)
         leaves = [
             leaf.replace(arrays[name]) if is_variable(leaf) else arrays[name] for name, leaf in named.items()
         ]  # fmt: skip
         return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_variable), leaves)
 
+    def shapes(self, step: int) -> dict[str, Any]:
+        """What the checkpoint holds, by name: objects with `shape` and `dtype`."""
+        self.check_good(self.find(step))
+        stored: Any = self._orbax.metadata(_absolute(self.path(step))).item_metadata
+        return dict(stored["state"].tree)
+
+    def arrays(self, step: int, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Some of the arrays, as `wanted` places them; shapes and dtypes are taken at its word."""
+        self.check_good(self.find(step))
+        args = {
+            name: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+            for name, x in wanted.items()
+        }
+        restore = ocp.args.PyTreeRestore(dict(wanted), restore_args=args, partial_restore=True)
+        return self._orbax.restore(_absolute(self.path(step)), args=ocp.args.Composite(state=restore))["state"]
+
     def _json(self, step: int, item: str) -> dict[str, Any]:
+        self.check_good(self.find(step))
         args: Any = {item: ocp.args.JsonRestore()}
-        return self._manager.restore(self.find(step), args=ocp.args.Composite(**args))[item]
+        return self._orbax.restore(_absolute(self.path(step)), args=ocp.args.Composite(**args))[item]
 
-    def wait(self) -> None:
-        """Until the save under way is done; OSError if it failed."""
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failure(error) from error
 
-    def _failure(self, error: Exception) -> OSError:
-        what = str(error).strip().splitlines() or [type(error).__name__]
-        return OSError(f"the checkpoint of step {self._saving} in {self.folder} was not written: {what[0]}")
+def _in_store(folder: epath.Path) -> bool:
+    return "://" in str(folder)
+
+
+def _absolute(folder: epath.Path) -> epath.Path:
+    return folder if _in_store(folder) else epath.Path(folder).resolve()
 
 
 # --- Names, chunks, shapes
@@ -255,21 +388,40 @@ def config_from_json(tree: Mapping[str, Any]) -> RunConfig:
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    if typing.get_origin(kind) is dict:
-        of = typing.get_args(kind)[1]
-        return {key: _build(of, sub, f"{where}.{key}") for key, sub in value.items()}
-    if typing.get_origin(kind) is tuple:
-        return tuple(_build(typing.get_args(kind)[0], sub, f"{where}.{i}") for i, sub in enumerate(value))
-    if typing.get_origin(kind) is types.UnionType:  # of a dataclass and None
-        return None if value is None else _build(typing.get_args(kind)[0], value, where)
-    if not dataclasses.is_dataclass(kind):
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict:
+        _expect(value, Mapping, where)
+        return {key: _build(args[1], sub, f"{where}.{key}") for key, sub in value.items()}
+    if origin is tuple:
+        _expect(value, (list, tuple), where)
+        return tuple(_build(args[0], sub, f"{where}.{i}") for i, sub in enumerate(value))
+    if origin is types.UnionType:  # of a dataclass and None
+        return None if value is None else _build(args[0], value, where)
+    if origin is typing.Literal:
+        if not isinstance(value, str | int) or value not in args:
+            raise ValueError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r:.100}")
         return value
+    if kind is float:
+        try:
+            return float(_expect(value, (int, float), where))
+        except OverflowError:
+            raise ValueError(f"{where} is too large") from None
+    if not dataclasses.is_dataclass(kind):
+        return _expect(value, {int: int, str: str, bool: bool}.get(kind, object), where)
+    _expect(value, Mapping, where)
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(value) - set(hints)):
         raise ValueError(f"{where}.{unknown[0]} is no field of {kind.__name__}")  # pyright: ignore
     if missing := sorted(set(hints) - set(value)):
         raise ValueError(f"{where}.{missing[0]} is missing")
     return kind(**{key: _build(hints[key], sub, f"{where}.{key}") for key, sub in value.items()})  # pyright: ignore
+
+
+def _expect(value: Any, kind: Any, where: str) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
+        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{where} must be {names}, not {value!r:.100}")
+    return value
 
 
 # --- Weights alone, for inference, evaluation and export

@@ -245,11 +245,38 @@ class TrainConfig:
     """Steps between checkpoints; also at the end."""
     checkpoint_keep: int = 2
     """Newest checkpoints to keep."""
+    checkpoint_keep_every: int = 0
+    """Of older ones those of steps that are multiples of this are kept, too; 0 for none."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            least = 0 if name == "seed" else 1
+            least = 0 if name in ("seed", "checkpoint_keep_every") else 1
             _check(value >= least, f"train.{name} must be at least {least}, not {value}")
+
+
+@dataclass(frozen=True)
+class SafetyConfig:
+    """What a run does about bad steps, stuck hosts and hardware that computes wrongly (`docs/reliability.md`)."""
+
+    bad_steps: int = 3
+    """Steps in a row with a loss or gradient that is not finite (each leaves the state as it was) after which the run
+    goes back to a checkpoint and leaves out the data since."""
+    spike: float = 10.0
+    """It goes back, too, where a loss is above the median of the last 64 by so many robust deviations (1.4826 times the
+    median absolute one, at least 2% of the median); 0: never."""
+    rollbacks: int = 3
+    """How often a run may go back; then it stops."""
+    stuck_after: int = 1800
+    """Seconds without a step, an evaluation batch or a restore after which a process shows its stacks and ends with
+    status 70; 0: never. What compiles gets at least half an hour."""
+    recheck_every: int = 0
+    """Every so many steps one is computed twice, from the same state, and its bits are compared; 0: never. Holds two
+    states at a time."""
+
+    def __post_init__(self):
+        _check(self.bad_steps >= 1, f"safety.bad_steps must be at least 1, not {self.bad_steps}")
+        for name in ("spike", "rollbacks", "stuck_after", "recheck_every"):
+            _check(getattr(self, name) >= 0, f"safety.{name} must be at least 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -313,6 +340,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     stages: tuple[Stage, ...] = ()
     """Its later parts, each from a step on, in their order; the first part is what the fields above say."""
     fork: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +12,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data.batch import Batch
-from training.config import Learner
+from training.config import Learner, RunConfig
 from training.goodput import spent
 from training.mesh import BATCH_SPEC
-from training.metrics import measured
+from training.metrics import measured, prefix
 from training.objectives import Sums, objective
-from training.state import execution, graphdef
+from training.state import TrainState, execution, graphdef
 from training.step import summed_in_parts
 
 EvalFn = Callable[[nnx.State, Batch], Sums]
@@ -57,3 +57,34 @@ def put_global(batch: Batch, mesh: Mesh) -> Any:
     """A batch that every process holds whole, onto the mesh: each device takes its part."""
     place = NamedSharding(mesh, BATCH_SPEC)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index]), batch)
+
+
+class BrokenOff(Exception):
+    """An evaluation that was told to end before its last batch."""
+
+
+class HeldOut:
+    """Evaluates every learner of a run on held-out batches, a frozen one once: {"eval/ce", "eval/ce/DOMAIN" ...}."""
+
+    def __init__(self, cfg: RunConfig, mesh: Mesh, domains: tuple[str, ...], batches: Sequence[Batch]):
+        self.cfg, self.mesh, self.domains, self.batches = cfg, mesh, domains, batches
+        self.steps = {n: make_eval_step(x, mesh, len(domains)) for n, x in cfg.learners.items()}
+        self.frozen: dict[str, dict[str, float]] = {}
+
+    def __call__(self, state: TrainState, go_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
+        """`go_on` is asked before each batch; `BrokenOff` where it says no."""
+
+        def batches() -> Iterator[Batch]:
+            for batch in self.batches:
+                if not go_on():
+                    raise BrokenOff
+                yield batch
+
+        out = {}
+        for name, step in self.steps.items():
+            params = state.learners[name].params
+            values = self.frozen.get(name) or evaluate(step, params, batches(), self.mesh, self.domains)
+            if self.cfg.learners[name].optimizer is None:
+                self.frozen[name] = values
+            out |= {f"{prefix(name, self.cfg)}eval/{key}": value for key, value in values.items()}
+        return out

@@ -6,104 +6,134 @@ import dataclasses
 import json
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from data.batch import Batch
 from data.loader import Corpus
 from training import fork
-from training.checkpoint import (
-    Checkpoints,
-    check_resumable,
-    run_record,
-    whole_place,
-)
+from training.checkpoint import Checkpoints, check_resumable, run_record, whole_place
 from training.config import RunConfig
-from training.evaluate import evaluate, make_eval_step
+from training.evaluate import HeldOut
 from training.first_batches import FirstBatches
 from training.flops import active_matmul_parameters
+from training.guard import BadStep, Guard
+from training.lock import RunLock
 from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
-from training.metrics import Console, Throughput, Writers, prefix, read, scalars
+from training.metrics import Console, Writers, read
+from training.recheck import rechecked
+from training.reporter import Kept, Pending, Reporter
 from training.start import CONFIG, check_init, initial_state, open_targets
-from training.state import TrainState, abstract_state
+from training.state import abstract_state
 from training.step import make_train_step
+from training.stop import MARKER, Stop
 from training.target_sources import read_ahead
+from training.watchdog import Watchdog
 from training.weighting import DOMAINS
 
 
 def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = None) -> dict[str, Any]:
-    """Train until `cfg.train.steps`, going on from the newest checkpoint in `cfg.folder`; returns the closing summary.
+    """Train until `cfg.train.steps`, going on from the newest good checkpoint in `cfg.folder`; returns the closing
+    summary.
 
     The summary: folder, step, steps, complete, signal (that of SIGTERM or SIGINT which stopped the run after a last
     checkpoint, else None) and metrics (the last record). Losses are bit-identical whether or not a run was
     interrupted, on the same mesh. `log` takes the lines that otherwise go to the terminal.
     """
-    # --- The folder: how far the run got, and whether this is the same run
     _check_vocabulary(cfg, corpus)
     _use_compilation_cache()
     if jax.process_index() > 0:
         log = log or (lambda _: None)  # the first process speaks for all
-    folder = epath.Path(cfg.folder)
+    folder, say = epath.Path(cfg.folder), log or print
     record = run_record(cfg, corpus.tokenizer.hash)
-    newest, changes = _find_start(folder, record)
-    if newest is None:
-        changes = _check_sources(cfg, corpus)
-    start, steps = _fork_step(cfg) if newest is None else newest, cfg.train.steps
-    if start >= steps:
-        return _say(log, _summary(cfg, folder, start, None), f"{folder} is complete already: {start} steps of {steps}")
-
     with ExitStack() as stack:
+        dog = stack.enter_context(Watchdog(folder, cfg.safety.stuck_after))
+
+        # --- The folder: how far the run got, and whether this is the same run
+        checkpoints, newest = _begun(stack, folder, cfg, say), None
+        if checkpoints:
+            newest = checkpoints.newest_good(say)
+        if checkpoints and newest is not None:
+            changes = check_resumable(checkpoints.record(newest), record, str(folder), newest)
+            owed = checkpoints.place(newest).get("owed")
+        else:
+            changes, owed = _check_sources(cfg, corpus), None
+        start, steps = _fork_step(cfg) if newest is None else newest, cfg.train.steps
+        if start >= steps and not owed:
+            done = f"{folder} is complete already: {start} steps of {steps}"
+            return _say(log, _summary(cfg, folder, start, None), done)
+
         # --- The first stage: its mesh, the state on it, its data and compiled functions
         console = stack.enter_context(closing(Console(cfg, start, log)))
         corpora = _look_ahead(cfg, corpus, start, console.line)
-        with _source(folder, newest, cfg) as source:
+        with _source(checkpoints if newest is not None else None, cfg) as source:
             stage = _Stage(cfg, corpora[start], start, source, console.line)
         for line in _describe(stage, folder, newest, changes):
             console.line(line)
 
         # --- What is kept
+        checkpoints = checkpoints or _open(stack, folder, cfg)
         writers = None
         if jax.process_index() == 0:
             write_config(folder, cfg)
+            (folder / MARKER).unlink(missing_ok=True)
             corpus.tokenizer.save(folder)
             writers = stack.enter_context(closing(Writers(folder, start)))
             if newest is None:
                 stage.stream = FirstBatches(stage.stream, corpora[start], folder, start)
-        checkpoints = stack.enter_context(Checkpoints(folder, cfg.train.checkpoint_keep))
-        stop = stack.enter_context(_Stop())
+        run = _Run(folder, record, console, writers, checkpoints, dog, stack.enter_context(Stop(folder)))
 
         # --- The steps of a stage, and of the next, which begins from the checkpoint that they end with
-        step = _steps(stage, _Reporter(stage, console, writers), checkpoints, stop, record)
-        while step < steps and stop.signal is None:
+        while True:
+            try:
+                step = _steps(run, stage)
+            except BadStep as bad:
+                stage = _go_back(run, stage, bad, cfg)
+                continue
+            if step >= steps or run.stop.signal is not None:
+                break
             checkpoints.wait()
             multihost_utils.sync_global_devices("the checkpoint that the next stage begins from is written")
             stage = _Stage(cfg, corpora[step], step, checkpoints, console.line)
             console.line(f"after step {step}: {_where(stage)}")
-            step = _steps(stage, _Reporter(stage, console, writers), checkpoints, stop, record)
-    # Leaving the block has waited for the last checkpoint, and raised if it was not written.
-    summary = _summary(cfg, folder, step, stop.signal)
+        dog.beat(step, "writing the last checkpoint")
+        checkpoints.wait()  # OSError if it was not written
+        if run.stop.signal == signal.SIGTERM and jax.process_index() == 0:
+            run.stop.mark(step)
+    summary = _summary(cfg, folder, step, run.stop.signal)
     return _say(log, summary, _farewell(summary))
+
+
+class _Run(NamedTuple):
+    """What all stages of a run share."""
+
+    folder: epath.Path
+    record: dict[str, Any]
+    console: Console
+    writers: Writers | None
+    checkpoints: Checkpoints
+    dog: Watchdog
+    stop: Stop
 
 
 class _Stage:
     """Where the steps from `start` to `stop` are made: the mesh, the state on it, its data, its compiled functions."""
 
     def __init__(
-        self, cfg: RunConfig, corpus: Corpus, start: int, source: Checkpoints | None, say: Callable[[str], object]
-    ):
-        """`source` holds the checkpoint of step `start`, None where the run begins with a state of its own."""
+        self, cfg: RunConfig, corpus: Corpus, start: int, source: Checkpoints | None, say: Callable[[str], object],
+        elsewhere: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
+        """`source` holds the checkpoint of step `start`, None where the run begins with a state of its own; the data
+        goes on from there, or from the place `elsewhere`."""
         self.start, self.stop = start, cfg.stage_end(start)
-        self.cfg, self.domains = cfg.at(start), corpus.domains
+        self.cfg, self.corpus, self.domains = cfg.at(start), corpus, corpus.domains
         _check_schedules(self.cfg, start)
         self.mesh = make_mesh(self.cfg.mesh)
         check_fits(self.cfg, self.mesh)
@@ -112,18 +142,22 @@ class _Stage:
             self.state, place = source.restore(start, abstract_state(self.cfg, self.mesh))
         else:
             self.state = initial_state(self.cfg, self.mesh)
-        self.tokens_seen: int = place["tokens_seen"] if place else 0
-        self.domain_tokens: dict[str, int] = dict(place.get("domain_tokens", {})) if place else {}
         self.pass_tokens = corpus.pass_tokens
+        self.kept = Kept(**{name: place[name] for name in Kept._fields if name in place}) if place else Kept()
         chunk = next(iter(cfg.learners.values())).model.chunk
         shape = (self.cfg.train.batch, self.cfg.train.seq_len, chunk)
         # A stage, or a fork, may read other rows than what was before it.
-        crossing = start in [stage.after for stage in cfg.stages] or (bool(cfg.fork) and start == _fork_step(cfg))
-        stream = corpus.train(*shape, self.cfg.train.seed, *row_share(self.mesh)[:2], place, crossing)
+        forked = bool(cfg.fork) and start == _fork_step(cfg)
+        crossing = start in [stage.after for stage in cfg.stages] or forked
+        here = elsewhere or place
+        stream = corpus.train(*shape, self.cfg.train.seed, *row_share(self.mesh)[:2], here, crossing and not elsewhere)
         self.targets = open_targets(self.cfg, corpus.tokenizer.hash, say)
+        self.teachers = {source: of.identity.teacher for source, of in self.targets.items()}
+        if place and not forked:
+            _check_teachers(place.get("teachers", {}), self.teachers)
         self.stream = read_ahead(stream, self.targets.values(), self.stop - start)
         held_out = corpus.heldout(*shape, self.cfg.train.eval_batches)
-        self.held_out = _HeldOut(self.cfg, self.mesh, self.domains, held_out)
+        self.held_out = HeldOut(self.cfg, self.mesh, self.domains, held_out)
         self.train_step = make_train_step(self.cfg, self.mesh, len(self.domains))
 
     def close(self) -> None:
@@ -134,35 +168,91 @@ class _Stage:
         del self.state, self.train_step, self.held_out
 
 
-def _steps(stage: _Stage, report: _Reporter, checkpoints: Checkpoints, stop: _Stop, record: dict[str, Any]) -> int:
+def _steps(run: _Run, stage: _Stage) -> int:
     """The steps of a stage; returns the last one, at which there is a checkpoint.
 
-    The metrics of one are fetched while the next one runs.
+    The metrics of one are fetched, and judged, while the next one runs.
     """
-    step, train = stage.start, stage.cfg.train
+    step, train, dog, stop = stage.start, stage.cfg.train, run.dog, run.stop
+    report = Reporter(stage.cfg, stage.mesh, stage.domains, stage.targets, stage.stop, stage.kept,
+                      stage.pass_tokens, run.folder,
+                      run.console, run.writers)  # fmt: skip
+
+    def held_out(step: int, may_end: bool = True) -> dict[str, float]:
+        def go_on() -> bool:
+            dog.beat(step, "evaluating", compiles=True)
+            return not (may_end and stop.requested())
+
+        return stage.held_out(stage.state, go_on)
+
     with closing(stage):
+        report.settle(step, partial(held_out, step))  # an evaluation that was broken off
+        if report.owed:
+            return step
         for step in range(stage.start + 1, stage.stop + 1):
+            first = step == stage.start + 1
+            dog.beat(step - 1, "making a step", compiles=first)
             asked = time.perf_counter()
             rows = next(stage.stream)
             targets = {source: put_local(of.look_up(rows), stage.mesh) for source, of in stage.targets.items()}
             batch = put_local(rows, stage.mesh)
             wait = time.perf_counter() - asked
-            stage.state, metrics = stage.train_step(stage.state, batch, targets)
+            again = stage.cfg.safety.recheck_every
+            train_step = rechecked(stage.train_step) if again and step % again == 0 else stage.train_step
+            with stop.nothing_to_save() if first else nullcontext():
+                stage.state, metrics = train_step(stage.state, batch, targets)
             report.finish()
-            report.begin(step, metrics, wait)
-            checkpoints.check()
-            stopping, last = stop.requested(step), step == stage.stop
-            evaluating = last or (step % train.eval_every == 0 and not stopping)
+            report.begin(Pending(step, metrics, wait, rows, stage.stream.get_state()))
+            run.checkpoints.check()
+            stopping, last = stop.requested(), step == stage.stop
+            evaluating = last or step % train.eval_every == 0
             if evaluating or stopping or step % train.checkpoint_every == 0:
-                report.finish(partial(stage.held_out, stage.state) if evaluating else dict)
+                # Between stages there is no place for an evaluation that is made up for later.
+                may_end = not last or stage.stop == run.record["config"]["train"]["steps"]
+                report.finish(partial(held_out, step, may_end) if evaluating else dict)
+                stopping = stopping or report.owed is not None
                 if last or stopping or step % train.checkpoint_every == 0:
-                    seen = {"tokens_seen": report.tokens_seen, "domain_tokens": report.domain_tokens}
-                    place = whole_place(stage.stream.get_state()) | seen
-                    checkpoints.save(step, stage.state, place, record)
+                    place = whole_place(stage.stream.get_state()) | report.kept() | {"teachers": stage.teachers}
+                    run.checkpoints.save(step, stage.state, place, run.record)
                 report.restart()
             if stopping:
                 break
     return step
+
+
+def _go_back(run: _Run, stage: _Stage, bad: BadStep, cfg: RunConfig) -> _Stage:
+    """The stage anew, from its newest checkpoint of before the bad step, with the data of after it.
+
+    FloatingPointError, in a line, where there is none or the run has gone back often enough.
+    """
+    checkpoints, say = run.checkpoints, run.console.line
+    checkpoints.wait()
+    multihost_utils.sync_global_devices("every process goes back")
+    begins = max([0, *(other.after for other in cfg.stages if other.after <= stage.start)])
+    for step in reversed([s for s in checkpoints.steps if begins <= s <= bad.oldest]):
+        if not (found := checkpoints.problems(step)):
+            break
+        checkpoints.set_aside(step, "; ".join(found[:3]), say)
+    else:
+        raise FloatingPointError(f"{bad}; there is no checkpoint from before to go back to. Lower the learning rate, "
+                                 "or look at the data of this step")  # fmt: skip
+    kept = checkpoints.place(step)
+    before = Guard(cfg.safety, kept.get("guard")).rollbacks
+    if before >= cfg.safety.rollbacks:
+        raise FloatingPointError(f"{bad}; the run went back {before} times already, safety.rollbacks allows no more. "
+                                 f"The newest checkpoint is of step {step}: lower the learning rate, or look at the "
+                                 "data of these steps")  # fmt: skip
+    for later in [s for s in checkpoints.steps if s > step]:
+        checkpoints.set_aside(later, f"the run went back from step {bad.step} to {step}", say)
+    say(f"going back from step {bad.step} to the checkpoint of step {step}; the data of steps {step + 1} to {bad.step} "
+        f"is left out ({before + 1} of {cfg.safety.rollbacks} times)")  # fmt: skip
+    if run.writers:
+        run.writers.rewind(step)
+    run.dog.beat(step, "restoring", compiles=True)
+    new = _Stage(cfg, stage.corpus, step, checkpoints, say, whole_place(bad.place))
+    state = dict(new.kept.guard or {}) | {"rollbacks": before + 1, "in_a_row": 0}
+    new.kept = new.kept._replace(guard=state)
+    return new
 
 
 # --- Before the first step
@@ -222,22 +312,32 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "llama4_jax", "xla"))
 
 
-def _find_start(folder: epath.Path, record: dict[str, Any]) -> tuple[int | None, list[str]]:
-    """Step of the newest checkpoint, and what changed in the config since; ValueError if that makes it another run."""
-    newest, changes = None, []
-    if (folder / "checkpoints").exists():
-        with Checkpoints(folder) as checkpoints:
-            newest = checkpoints.latest
-            if newest is not None:
-                changes = check_resumable(checkpoints.record(newest), record, str(folder), newest)
+def _begun(stack: ExitStack, folder: epath.Path, cfg: RunConfig, say: Callable[[str], object]) -> Checkpoints | None:
+    """The checkpoints of a run that has any, which from here on no other process writes; else None."""
+    begun = (folder / "checkpoints").exists()
     multihost_utils.sync_global_devices("every process has looked before one of them writes")
-    return newest, changes
+    return _open(stack, folder, cfg) if begun else None
 
 
-def _source(folder: epath.Path, newest: int | None, cfg: RunConfig) -> AbstractContextManager[Checkpoints | None]:
+def _open(stack: ExitStack, folder: epath.Path, cfg: RunConfig) -> Checkpoints:
+    stack.enter_context(RunLock(folder))
+    return stack.enter_context(Checkpoints(folder, cfg.train.checkpoint_keep, cfg.train.checkpoint_keep_every))
+
+
+def _check_teachers(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """ValueError where targets that a run learns from have become another teacher's."""
+    for (old, was), (new, is_) in zip(sorted(before.items()), sorted(now.items()), strict=False):
+        if was != is_:
+            raise ValueError(
+                f"the run has learned from the teacher {was} ({old}), but {new} holds targets of {is_}: give those it "
+                "had, or begin another run with --from"
+            )
+
+
+def _source(checkpoints: Checkpoints | None, cfg: RunConfig) -> AbstractContextManager[Checkpoints | None]:
     """The checkpoints that the run goes on from, its own or the ones it is a fork of; None for its beginning."""
-    if newest is not None:
-        return Checkpoints(folder)
+    if checkpoints:
+        return nullcontext(checkpoints)
     return Checkpoints(fork.parts(cfg.fork)[0]) if cfg.fork else nullcontext()
 
 
@@ -247,7 +347,7 @@ def _look_ahead(cfg: RunConfig, corpus: Corpus, start: int, say: Callable[[str],
     A stage for another number of devices than are here may be run elsewhere, so that it is only spoken of.
     """
     corpora, devices, done = {}, jax.device_count(), start
-    while done < cfg.train.steps:
+    while True:
         then = cfg.at(done)
         try:
             corpora[done] = corpus if then.data == cfg.data else corpus.of(then.data, say)
@@ -260,8 +360,8 @@ def _look_ahead(cfg: RunConfig, corpus: Corpus, start: int, say: Callable[[str],
                     "go on by the same command where they are")  # fmt: skip
         except ValueError as error:
             raise error if done == start else ValueError(f"after step {done}: {error}") from error
-        done = cfg.stage_end(done)
-    return corpora
+        if (done := cfg.stage_end(done)) >= cfg.train.steps:
+            return corpora
 
 
 def _describe(stage: _Stage, folder: epath.Path, newest: int | None, changes: list[str]) -> Iterator[str]:
@@ -299,136 +399,6 @@ def put_local(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_callback((len(x) * share.parts, *x.shape[1:]), sharding, of_device)
 
     return jax.tree.map(put, batch)
-
-
-class _HeldOut:
-    """Evaluates every learner, a frozen one once: {"eval/ce", "eval/ce/DOMAIN" ...}."""
-
-    def __init__(self, cfg: RunConfig, mesh: Mesh, domains: tuple[str, ...], batches: list[Batch]):
-        self.cfg, self.mesh, self.domains, self.batches = cfg, mesh, domains, batches
-        self.steps = {n: make_eval_step(x, mesh, len(domains)) for n, x in cfg.learners.items()}
-        self.frozen: dict[str, dict[str, float]] = {}
-
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        out = {}
-        for name, step in self.steps.items():
-            values = self.frozen.get(name) or evaluate(
-                step, state.learners[name].params, self.batches, self.mesh, self.domains
-            )
-            if self.cfg.learners[name].optimizer is None:
-                self.frozen[name] = values
-            out |= {f"{prefix(name, self.cfg)}eval/{key}": value for key, value in values.items()}
-        return out
-
-
-class _Reporter:
-    """Holds a step's metrics on the devices until the next step is under way, then fetches and writes them."""
-
-    def __init__(self, stage: _Stage, console: Console, writers: Writers | None):
-        self.cfg, self.domains, self.console, self.writers = stage.cfg, stage.domains, console, writers
-        self.targets = stage.targets
-        self.tokens_seen = stage.tokens_seen  # valid ones, of all steps that are finished
-        self.domain_tokens = dict(stage.domain_tokens)  # the same by domain
-        self.pass_tokens = stage.pass_tokens
-        self._last = stage.stop
-        self._throughput = Throughput(stage.cfg, stage.mesh)
-        self._pending: tuple[int, Any, float] | None = None
-        self._compiled = False
-
-    def begin(self, step: int, metrics: Any, wait: float) -> None:
-        """`step` was dispatched, after `wait` seconds for its batch."""
-        self._pending = step, metrics, wait
-
-    def finish(self, held_out: Callable[[], dict[str, float]] | None = None) -> None:
-        """Wait for the step begun last, if any; where it is due or `held_out` gives an evaluation, write its record."""
-        if self._pending is None:
-            return
-        (step, metrics, wait), self._pending = self._pending, None
-        values = jax.device_get(metrics)
-        for name, of in values.items():
-            if not np.isfinite(of["grad_norm"]):
-                raise FloatingPointError(
-                    f"step {step}: {name}'s gradient norm is {of['grad_norm']}, so its weights are lost; the newest "
-                    f"checkpoint is from before. Lower its learning rate, or look at the data of this step"
-                )
-        sums = next(iter(values.values()))["sums"]  # learners see the same tokens
-        tokens = int(sums.tokens)
-        self.tokens_seen += tokens
-        for name, count in zip(self.domains, np.asarray(sums.domain_tokens).tolist(), strict=True):
-            self.domain_tokens[name] = self.domain_tokens.get(name, 0) + round(count)
-        if self._compiled:
-            self._throughput.add(float(tokens), wait)
-        else:  # the first step's time was the compiler's
-            self._throughput.restart()
-            self._compiled = True
-        self.console.advance(step)
-        due = step == 1 or step == self._last or step % self.cfg.train.log_every == 0
-        rates = self._throughput.report() if due or held_out else {}
-        evaluation = held_out() if held_out else {}
-        if self.writers and (due or evaluation):
-            record = {**scalars(values, self.cfg, self.domains), **self._ages(step), **self._seen(), **rates,
-                      **evaluation}  # fmt: skip
-            self.writers.write(step, record)
-            self.console.report(step, record)
-        if self.writers and held_out:  # a checkpoint may follow: the file must have what came before it
-            self.writers.flush()
-
-    def _seen(self) -> dict[str, int | float]:
-        """Labels trained on so far in the run, in all and by domain, and the passes over each domain that those make
-        (by the tokens that one has, which are estimated; `llama4 data ledger` counts documents)."""
-        out: dict[str, int | float] = {"tokens_seen": self.tokens_seen}
-        for name in self.domains:
-            seen = self.domain_tokens.get(name, 0)
-            out |= {f"tokens_seen/{name}": seen, f"epoch/{name}": round(seen / self.pass_tokens[name], 4)}
-        return out
-
-    def _ages(self, step: int) -> dict[str, int]:
-        """teacher_step: steps that a student's teacher had made when it made these targets, where that is known; and
-        staleness, how many it has made since, of one that trains in this run."""
-        out = {}
-        for name, learner in self.cfg.learners.items():
-            teacher, start = learner.distillation.teacher, prefix(name, self.cfg)
-            if teacher in self.targets:
-                out[f"{start}teacher_step"] = self.targets[teacher].identity.teacher_step
-            elif teacher and self.cfg.learners[teacher].optimizer:
-                out |= {f"{start}teacher_step": step - 1, f"{start}staleness": 0}
-        return out
-
-    def restart(self) -> None:
-        """Leave out of the throughput what was done since the last step."""
-        self._throughput.restart()
-
-
-class _Stop:
-    """SIGTERM and SIGINT ask for a checkpoint and the end after the step under way; a second one ends at once.
-
-    With several processes JAX's own notifier sees SIGTERM, and all of them stop after the same step.
-    """
-
-    signal: int | None = None
-
-    def __enter__(self) -> _Stop:
-        self._before: dict[int, Any] = {}
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: Any) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-        text = f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint; again to stop at once\n"
-        os.write(2, text.encode())  # print is not safe in a handler
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; the same answer on every process."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.signal = signal.SIGTERM
-        return self.signal is not None
 
 
 # --- After the last step

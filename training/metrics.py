@@ -21,6 +21,7 @@ from training import goodput, profile
 from training.chips import peak_flops
 from training.config import Learner, RunConfig
 from training.flops import step_per_token
+from training.redact import redact
 
 FILE = "metrics.jsonl"
 SINKS: list[Callable[[int, Mapping[str, float]], object]] = []
@@ -167,14 +168,24 @@ class Writers:
     """
 
     def __init__(self, folder: epath.Path, start: int):
-        self._file, self._stream = folder / FILE, None
-        self._lines = [json.dumps(record) for record in read(folder) if record["step"] <= start]
+        self._folder, self._file = folder, folder / FILE
+        self._open(start)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was written of later steps."""
+        self.close()
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        self._stream = None
+        self._lines = [json.dumps(record) for record in read(self._folder) if record["step"] <= step]
         self.flush()
-        self._stream = None if "://" in str(folder) else self._file.open("a")
-        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._stream = None if "://" in str(self._folder) else self._file.open("a")
+        self._board = tensorboardX.SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
-        """Add a line; its scalars go to TensorBoard, too."""
+        """Add a line, without what is no number; its scalars go to TensorBoard, too."""
+        record = {name: x for name, x in record.items() if not isinstance(x, float) or math.isfinite(x)}
         record = {**record, **goodput.counted()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **record})
         if self._stream:
@@ -220,7 +231,8 @@ class Console:
             self._log = partial(self._progress.console.print, markup=False, highlight=False)
 
     def line(self, text: str) -> None:
-        self._log(text)
+        """One line, without secrets."""
+        self._log(redact(text))
 
     def advance(self, step: int) -> None:
         """A step is done."""

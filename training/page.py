@@ -9,6 +9,8 @@ import html
 import re
 from collections.abc import Sequence
 
+from training.redact import redact
+
 STYLE = """
 :root { color-scheme: light dark; --paper: #f6f6f3; --card: #fff; --ink: #22221f; --soft: #66665f; --rule: #e2e2dc;
   --good: #00664b; --bad: #a34700; }
@@ -58,12 +60,13 @@ tbody tr:last-child > * { border-bottom: 0; }
 
 def page(title: str, summary: Sequence[str], sections: Sequence[str], refresh: int = 0) -> str:
     """A whole document: title, summary in sentences, sections. In the summary numbers with three decimals stand out.
+    Secrets do not (`training/redact.py`).
 
     A browser that shows it loads it again every `refresh` seconds, if that is not 0.
     """
     again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
     told = re.sub(r"\b\d+\.\d{3}\b", r"<strong>\g<0></strong>", html.escape(" ".join(summary)))
-    return f"""<!DOCTYPE html>
+    whole = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -79,6 +82,7 @@ def page(title: str, summary: Sequence[str], sections: Sequence[str], refresh: i
 </body>
 </html>
 """
+    return redact(whole)
 
 
 def section(title: str, body: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +41,8 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, domains: int) -> StepFn:
 
     Learners are walked in their order, teachers first. One with an optimizer takes its gradient and is updated;
     what it teaches comes from that same forward pass, by weights of before the update. One without only runs forward.
-    All its students share it. `targets` holds those of teachers elsewhere, by `Distillation.teacher`, [B, T, ...].
+    All its students share it. A learner whose loss or gradient is not finite stays as it was, optimizer and all, and
+    `ok` among its metrics says so. `targets` holds those of teachers elsewhere, by `Distillation.teacher`, [B, T, ...].
     """
     teachers = {learner.distillation.teacher for learner in cfg.learners.values()}
 
@@ -68,8 +70,10 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, domains: int) -> StepFn:
                     if teacher:
                         means = weighting.update(distillation, before.weighting, sums.by_domain, state.step, steps)
                         new = new._replace(weighting=means)
-                    learners[name] = follow_load(learner, new, sums.load, state.step, steps)
-                    metrics[name] = dict(sums=sums, grad_norm=norm, learning_rate=rate, step=state.step)
+                    new = follow_load(learner, new, sums.load, state.step, steps)
+                    ok = is_finite(norm, sums)
+                    learners[name] = jax.tree.map(partial(jnp.where, ok), new, before)
+                    metrics[name] = dict(sums=sums, grad_norm=norm, learning_rate=rate, step=state.step, ok=ok)
             # The barrier ends this learner before the next one starts: their residuals do not live side by side.
             batch, learners[name], hidden = jax.lax.optimization_barrier((batch, learners[name], hidden))
             if name in teachers:
@@ -78,6 +82,12 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, domains: int) -> StepFn:
 
     placed = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None))
+
+
+def is_finite(norm: jax.Array, sums: Sums) -> jax.Array:
+    """Whether a step's gradient and losses are numbers; the learner stays as it was where they are not."""
+    losses = sum(sums.by_domain[name].sum() for name in ("ce", "weighted") if name in sums.by_domain)
+    return jnp.isfinite(norm) & jnp.isfinite(losses + sums.balance + sums.z)
 
 
 @jax.named_scope("update")

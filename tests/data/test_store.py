@@ -6,36 +6,13 @@ import fsspec
 import numpy as np
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
+from object_store import Store
 
 from data import sources
 from data.array_record import ArrayRecords
 from data.config import DataConfig
 from data.loader import Corpus
 from tools import fuzz_sources as fuzz
-
-
-class Store(MemoryFileSystem):
-    """What lies under s3://, in memory: whole objects are put and read, nothing else."""
-
-    protocol = "s3"
-    store: dict = {}  # noqa: RUF012
-    pseudo_dirs: list = [""]  # noqa: RUF012
-    root_marker = "/"
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.removeprefix("s3:/") if isinstance(path, str) else path)
-
-    def _open(self, path, mode="rb", **how):
-        if mode not in ("rb", "wb", "xb"):
-            raise NotImplementedError(f"an object store cannot open with {mode!r}")
-        return super()._open(path, mode, **how)
-
-    def mv(self, *args, **how):
-        raise NotImplementedError("an object store cannot rename")
-
-    rename = move = mv
 
 
 @pytest.fixture

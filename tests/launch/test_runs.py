@@ -169,7 +169,7 @@ def test_demo_goes_on_and_does_nothing_twice(train: str, capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_has_its_status(train: str, number: signal.Signals, capsys):
-    """The process ends by 143 or 130, and the same command goes on after the step that was saved."""
+    """The process ends by 75 or 130, and the same command goes on after the step that was saved."""
     words = [*train.replace("--train.steps 2", "--train.steps 100000").split(), "--train.checkpoint-every", "100000"]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, "-m", "launch.cli", *words], stdout=subprocess.PIPE, text=True, env=env)
@@ -180,7 +180,8 @@ def test_a_signal_saves_and_has_its_status(train: str, number: signal.Signals, c
     time.sleep(0.1)
     process.send_signal(number)
     rest = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + number, rest
+    assert process.returncode == (75 if number == signal.SIGTERM else 130), rest
+    assert Path("run/requeue.json").exists() == (number == signal.SIGTERM)
     steps = sorted(int(path.name) for path in Path("run/checkpoints").iterdir() if path.name.isdecimal())
     assert len(steps) == 1 and steps[0] >= 10
     assert output(f"train run --train.steps {steps[0] + 1}", capsys)["step"] == steps[0] + 1

@@ -66,15 +66,15 @@ class Killed(Exception):
 
 def killed_at(step: int, cfg: RunConfig, corpus: Corpus) -> None:
     """Trains until the step is under way."""
-    begin = loop._Reporter.begin
+    begin = loop.Reporter.begin
 
-    def deadly(self, now, *rest):
-        if now == step:
+    def deadly(self, now):
+        if now.step == step:
             raise Killed
-        begin(self, now, *rest)
+        begin(self, now)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Reporter, "begin", deadly)
+        patch.setattr(loop.Reporter, "begin", deadly)
         with pytest.raises(Killed):
             train(cfg, corpus, quiet)
 

@@ -1,0 +1,240 @@
+"""Bad steps, stuck processes, two writers, broken-off evaluations, wrong bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from tools import chaos_run
+from training import evaluate, loop, recheck
+from training.checkpoint import Checkpoints
+from training.config import SafetyConfig
+from training.guard import Guard, documents
+from training.lock import Lease, RunLock
+from training.loop import train
+from training.metrics import read
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def story(cfg) -> list[dict]:
+    return chaos_run.story(Path(cfg.folder))
+
+
+# --- Judging
+
+
+def judge(guard: Guard, *losses: float) -> list[str | None]:
+    return [guard.judge({"a": loss}, {"a": bool(np.isfinite(loss))}) for loss in losses]
+
+
+def test_noise_and_falling_losses_pass_and_a_jump_does_not():
+    rng = np.random.default_rng(0)
+    guard = Guard(SafetyConfig())
+    falling = 10 * np.exp(-np.arange(300) / 100) + rng.normal(0, 0.1, 300)
+    assert judge(guard, *falling) == [None] * 300
+    assert judge(guard, falling[-1] + 0.5) == [None]
+    (why,) = judge(guard, 10 * falling[-1])
+    assert why is not None and why.startswith("a: loss ") and "the median before it was 0.66" in why
+
+
+def test_a_few_losses_say_nothing_and_the_check_can_be_left_out():
+    assert judge(Guard(SafetyConfig()), *[1.0] * 15, 100.0) == [None] * 16
+    assert judge(Guard(SafetyConfig(spike=0.0)), *[1.0] * 40, 100.0)[-1] is None
+    assert judge(Guard(SafetyConfig()), *[1.0] * 16, 1.19, 1.21)[-2:][0] is None  # 2% of the median is a deviation
+
+
+def test_skipped_steps_count_and_three_in_a_row_are_too_many():
+    guard = Guard(SafetyConfig())
+    nan = float("nan")
+    assert judge(guard, nan, nan, 1.0, nan, nan) == [None] * 5
+    assert judge(guard, nan)[0] == "a: loss or gradient not finite, 3 steps in a row"
+    assert guard.skipped == 5 and guard.losses == {"a": [1.0]}
+
+
+def test_a_guard_goes_on_from_json():
+    losses = [5.0 - 0.01 * i for i in range(40)]
+    whole = Guard(SafetyConfig())
+    judge(whole, *losses)
+    half = Guard(SafetyConfig())
+    judge(half, *losses[:17])
+    half = Guard(SafetyConfig(), json.loads(json.dumps(half.state())))
+    judge(half, *losses[17:])
+    assert half.state() == whole.state() and half.threshold("a") == whole.threshold("a")
+
+
+def test_documents_of_a_batch(corpus):
+    stream = corpus.train(8, 32, 16, 0)
+    batch = next(stream)
+    stream.close()
+    of = documents(batch, corpus.domains)
+    valid = batch.segment_ids > 0
+    assert set(of) <= {"even", "odd"}
+    assert {(name, i) for name, ids in of.items() for i in ids} == {
+        (corpus.domains[d], int(i)) for d, i in zip(batch.domain[valid], batch.document_id[valid], strict=True)
+    }
+
+
+# --- Runs with bad steps
+
+
+@pytest.fixture
+def marked(monkeypatch):
+    """Puts trouble on some batches of a run."""
+
+    def mark(cfg, corpus, **kinds: range) -> None:
+        monkeypatch.setattr(loop, "put_local", loop.put_local)
+        monkeypatch.setattr(chaos_run.step, "gradient", chaos_run.step.gradient)
+        chaos_run._mark(kinds, cfg, corpus)
+
+    return mark
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_three_go_back(make_run, corpus, marked):
+    """Batches 3 and 5 to 7 are bad: step 3 is left out; after step 7 the run goes back to 6 and on with batch 8."""
+    cfg = make_run(checkpoint_every=2, steps=10)
+    marked(cfg, corpus, nan=[range(3, 4), range(5, 8)])
+    lines = []
+    train(cfg, corpus, lines.append)
+    assert any("step 3: scout: loss or gradient not finite; left as it was; documents" in line for line in lines)
+    (back,) = [line for line in lines if "going back" in line]
+    assert back.startswith("going back from step 7 to the checkpoint of step 6; the data of steps 7 to 7 is left out")
+    records = story(cfg)
+    assert [r["step"] for r in records] == list(range(1, 11))
+    assert [r["step"] for r in records if "grad_norm" not in r] == [3, 5, 6]
+    assert [r.get("skipped_steps", 0) for r in records] == [0, 0, 1, 1, 2, 3, 3, 3, 3, 3]
+    events = [json.loads(f.read_text()) for f in sorted((Path(cfg.folder) / "bad_steps").iterdir())]
+    assert [e["step"] for e in events] == [3, 5, 6, 7] and all(e["documents"] for e in events)
+    with Checkpoints(cfg.folder) as checkpoints:
+        place = checkpoints.place(10)
+        assert place["guard"]["rollbacks"] == 1 and checkpoints.steps == [8, 10]
+
+
+@pytest.mark.slow
+def test_a_skipped_step_leaves_moments_and_weights(make_run, corpus, marked):
+    cfg = make_run(checkpoint_every=1, steps=3)
+    marked(cfg, corpus, nan=[range(3, 4)])
+    train(cfg, corpus, lambda _: None)
+    from training.compare import differences
+
+    found = differences((cfg.folder, 2), (cfg.folder, 3))
+    assert list(found["arrays"]) == ["step"]
+
+
+def test_evaluations_that_are_broken_off_are_made_up_for(make_run, corpus, monkeypatch):
+    """A signal in an evaluation, at a step and at the last one, ends it with a checkpoint; the story is the same."""
+    whole, cfg = make_run("whole"), make_run("broken", checkpoint_every=3)
+    train(whole, corpus, lambda _: None)
+    real, calls = evaluate.HeldOut.__call__, []
+
+    def told(self, state, go_on):
+        """The second evaluation of the two starts is that of step 8; the first makes up for that of step 4."""
+        calls.append(1)
+        if len(calls) in (1, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, state, go_on)
+
+    monkeypatch.setattr(evaluate.HeldOut, "__call__", told)
+    for step in (4, 8):
+        summary = train(cfg, corpus, lambda _: None)
+        assert (summary["step"], summary["signal"]) == (step, signal.SIGTERM)
+        assert "eval/ce" not in story(cfg)[-1] and (Path(cfg.folder) / "requeue.json").exists()
+    assert train(cfg, corpus, lambda _: None)["complete"]
+    assert story(cfg) == story(whole) and not (Path(cfg.folder) / "requeue.json").exists()
+
+
+@pytest.mark.slow
+def test_a_step_that_gives_other_bits_is_named(make_run, corpus, monkeypatch):
+    cfg = replace(make_run(steps=3), safety=SafetyConfig(recheck_every=2))
+    real, calls = recheck.rechecked, []
+
+    def wrong(train_step):
+        def once(state, batch, targets):
+            state, metrics = train_step(state, batch, targets)
+            calls.append(1)
+            if len(calls) == 2:
+                learner = state.learners["scout"]
+                bump = jax.tree.map(lambda x: x + 1e-7 * (x.ndim > 2), learner.params)
+                state = state._replace(learners={"scout": learner._replace(params=bump)})
+            return state, metrics
+
+        return real(once)
+
+    monkeypatch.setattr(loop, "rechecked", wrong)
+    with pytest.raises(recheck.OtherBits, match=r"step 2 gave other bits .*learners\.scout\.params\..* on cpu:0"):
+        train(cfg, corpus, lambda _: None)
+    monkeypatch.setattr(loop, "rechecked", real)
+    again = replace(cfg, out=cfg.out + "2")
+    assert train(again, corpus, lambda _: None)["complete"], "nothing is wrong, and nothing is said"
+
+
+# --- One writer, and none that is stuck
+
+
+def test_a_second_writer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
+    folder = epath.Path(tmp_path / "run")
+    program = (
+        "from training.lock import RunLock; from etils import epath\n"
+        f"with RunLock(epath.Path({str(folder)!r})):\n print(1, flush=True); input()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None and process.stdout.readline() == b"1\n"
+    with (
+        pytest.raises(BlockingIOError, match=rf"is being written by process {process.pid} on .*: wait for it"),
+        RunLock(folder),
+    ):
+        pass
+    process.kill()
+    process.communicate()
+    with RunLock(folder):
+        pass
+
+
+def test_a_lease_runs_out(tmp_path, monkeypatch):
+    """Where there are no file locks."""
+    monkeypatch.setattr("training.lock.SETTLES", 0.0)
+    folder = epath.Path(tmp_path)
+    first = Lease(folder)
+    with pytest.raises(BlockingIOError, match="is being written by process"):
+        Lease(folder)
+    first.release()
+    Lease(folder)._done.set()  # dies, and leaves its lease behind
+    (folder / "lease.json").write_text(json.dumps(json.loads((folder / "lease.json").read_text()) | {"until": 0.0}))
+    Lease(folder).release()
+
+
+STUCK = """
+import sys, time, jax
+from etils import epath
+from training.watchdog import Watchdog
+with Watchdog(epath.Path(sys.argv[1]), 1) as dog:
+    dog.beat(7, "making a step")
+    def frozen(): time.sleep(60)
+    frozen()
+"""
+
+
+def test_a_process_that_is_stuck_shows_its_stacks_and_ends(tmp_path):
+    done = subprocess.run([sys.executable, "-c", STUCK, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 70
+    assert "nothing for" in done.stderr and "while making a step after step 7" in done.stderr
+    assert "in frozen" in done.stderr and "process 0 on" in done.stderr
+    assert json.loads((tmp_path / "heartbeats" / "0.json").read_text())["step"] == 7
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(make_run, corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    cfg = replace(make_run(), out=str(tmp_path / "file" / "run"))
+    with pytest.raises(OSError, match=r"file/run cannot be written"):
+        train(cfg, corpus, lambda _: None)
+    assert read(epath.Path(tmp_path)) == []

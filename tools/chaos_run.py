@@ -1,0 +1,220 @@
+"""What `tools.chaos` breaks: a tiny run in a process of its own that says what it is doing, forked from a warm one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from data.config import DataConfig
+from data.loader import Corpus
+from llama4_jax.config import tiny_maverick
+from training import goodput, loop, reporter, step
+from training.checkpoint import Checkpoints
+from training.config import Distillation, Learner, MeshConfig, OptimizerConfig, RunConfig, SafetyConfig, TrainConfig
+from training.evaluate import HeldOut
+from training.stop import Stop
+
+WORDS = ["a", "of", "the", "run", "step", "loss", "model", "layer", "token", "expert", "router", "kill", "save", "disk"]
+Marks = dict[str, list[range]]
+CLOCK = {"time", "tokens_per_second", "seconds_per_step", "data_wait", "tflops"}
+STEPS, EVERY, EVALUATES = 40, 5, 8
+MARKS = {"nan": 99, "spike": 98}  # segment ids that stand for trouble with a batch
+
+
+def documents(folder: Path, seed: int = 0) -> Path:
+    """Some hundred short documents of two domains, as JSONL."""
+    file, rng = folder / "documents.jsonl", random.Random(seed)
+    texts = [" ".join(rng.choices(WORDS[d::2], k=rng.randint(5, 60))) for _ in range(150) for d in (0, 1)]
+    lines = [json.dumps(dict(text=text, domain=("even", "odd")[i % 2])) for i, text in enumerate(texts)]
+    file.write_text("\n".join(lines))
+    return file
+
+
+def config(out: Path, steps: int = STEPS, mesh: MeshConfig | None = None, **safety: Any) -> RunConfig:
+    """A frozen teacher and a student whose weights follow running means, both tiny."""
+    model = replace(
+        tiny_maverick(), vocab_size=320, embed_dim=32, num_layers=4, nope_every=2, num_heads=2, num_kv_heads=2,
+        head_dim=8, dense_dim=32, expert_dim=16, num_experts=4, chunk=16, floor_scale=8,
+    )  # fmt: skip
+    plain = Learner(model, None, compute_dtype="float32", remat="none")
+    student = replace(plain, optimizer=OptimizerConfig(learning_rate=1e-2, warmup=2),
+                      distillation=Distillation("teacher", weighting="gradient_norm"))  # fmt: skip
+    portions = TrainConfig(steps=steps, batch=8, seq_len=32, log_every=1, eval_every=EVALUATES, eval_batches=2,
+                           checkpoint_every=EVERY)  # fmt: skip
+    return RunConfig("chaos", dict(teacher=plain, student=student), mesh=mesh or MeshConfig(), train=portions,
+                     safety=SafetyConfig(**safety), out=str(out))  # fmt: skip
+
+
+def open_corpus(folder: Path) -> Corpus:
+    data = DataConfig(sources={"text": str(documents(folder))}, vocab_size=320, heldout=0.1)
+    return Corpus.open(data, folder / "cache", log=lambda _: None)
+
+
+def story(folder: Path) -> list[dict[str, Any]]:
+    """A run's records without what depends on the clock."""
+    from training.metrics import read
+
+    told = read(epath.Path(folder))
+    return [{k: v for k, v in r.items() if k not in CLOCK and not k.startswith(goodput.PREFIX)} for r in told]
+
+
+class Child:
+    """A forked process: the lines it sends, its end, its output in a file."""
+
+    def __init__(self, work: Callable[[Callable[[str], None]], int], log: Path, devices: int = 1):
+        """`work(say)` returns the exit status; `say` sends a line."""
+        mine, theirs = os.pipe()
+        self.log, self.status, self._text = log, None, ""
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            os.close(mine)
+            _become(work, log, theirs, devices)
+        os.close(theirs)
+        self._lines = mine
+
+    def until(self, pattern: str, timeout: float = 600) -> re.Match[str] | None:
+        """The next line that begins like this; None where the process ends before."""
+        stop = time.monotonic() + timeout
+        while time.monotonic() < stop:
+            while "\n" in self._text:
+                line, _, self._text = self._text.partition("\n")
+                if found := re.match(pattern, line):
+                    return found
+            if select.select([self._lines], [], [], 0.2)[0]:
+                received = os.read(self._lines, 65536).decode()
+                if not received:
+                    return None
+                self._text += received
+        raise TimeoutError(f"no {pattern} from {self.log}")
+
+    def kill(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 600) -> int:
+        """Exit status, negative for a signal."""
+        stop = time.monotonic() + timeout
+        while self.status is None:
+            pid, how = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(how)
+                os.close(self._lines)
+            elif time.monotonic() > stop:
+                raise TimeoutError(f"{self.log}: still there after {timeout:.0f} s")
+            else:
+                time.sleep(0.02)
+        return self.status
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def _become(work: Callable[[Callable[[str], None]], int], log: Path, pipe: int, devices: int) -> None:
+    """The child's life; does not return."""
+    status = 1
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(out, stream)
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
+        def say(line: str) -> None:
+            os.write(pipe, f"{line}\n".encode())
+
+        status = work(say)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def train(
+    cfg: RunConfig, corpus: Corpus, say: Callable[[str], None], marked: dict[str, list[range]] | None = None
+) -> int:
+    """Train as `llama4 train` does, with lines about each phase; `marked` says which batches mean trouble."""
+    from launch.train import status
+
+    announce(say)
+    if marked:
+        _mark(marked, cfg, corpus)
+    try:
+        return status(loop.train(cfg, corpus, partial(print, flush=True)))
+    except (FloatingPointError, OSError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        say(f"error {' '.join(str(error).split())}")
+        return 1
+
+
+def announce(say: Callable[[str], None]) -> None:
+    """Lines `step N`, `evaluation N`, `save N`, `sealed N`, `compile` from now on."""
+
+    def before(owner: Any, name: str, text: Callable[..., str], after: Callable[..., str] | None = None) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*args: Any, **how: Any) -> Any:
+            say(text(*args))
+            out = real(*args, **how)
+            if after:
+                say(after(*args))
+            return out
+
+        setattr(owner, name, wrapped)
+
+    before(reporter.Reporter, "begin", lambda _, pending: f"step {pending.step}")
+    before(HeldOut, "__call__", lambda *_: "evaluation")
+    before(Checkpoints, "save", lambda _, at, *__: f"save {at}")
+    before(Checkpoints, "_seal", lambda _, at: f"sealing {at}", lambda _, at: f"sealed {at}")
+    before(Stop, "nothing_to_save", lambda _: "compile")
+
+
+def _mark(marked: Marks, cfg: RunConfig, corpus: Corpus) -> None:
+    """Batches, by their number from 1, whose gradients are NaN, or whose loss and gradients are ten times as large."""
+    import jax
+    import jax.numpy as jnp
+
+    train, real_put, real_gradient = cfg.train, loop.put_local, step.gradient
+    stream = corpus.train(train.batch, train.seq_len, 16, train.seed)
+    numbers = {next(stream).tokens.tobytes(): n for n in range(1, 2 * train.steps)}
+    stream.close()
+
+    def put(rows: Any, mesh: Any) -> Any:
+        if hasattr(rows, "segment_ids"):
+            for kind, of in marked.items():
+                if any(numbers[rows.tokens.tobytes()] in some for some in of):
+                    rows = rows._replace(segment_ids=(rows.segment_ids > 0) * MARKS[kind])
+        return real_put(rows, mesh)
+
+    def gradient(*args: Any, **how: Any) -> Any:
+        take = real_gradient(*args, **how)
+
+        def troubled(params: Any, batch: Any, *rest: Any) -> Any:
+            grads, sums, hidden = take(params, batch, *rest)
+            most = batch.segment_ids.max()
+            factor = jnp.where(most == MARKS["nan"], jnp.nan, jnp.where(most == MARKS["spike"], 10.0, 1.0))
+            grads = jax.tree.map(lambda g: g * factor, grads)
+            ce = sums.by_domain["ce"] * jnp.where(most == MARKS["spike"], 10.0, 1.0)
+            return grads, sums._replace(by_domain=sums.by_domain | {"ce": ce}), hidden
+
+        return troubled
+
+    loop.put_local, step.gradient = put, gradient
