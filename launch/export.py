@@ -1,4 +1,4 @@
-"""`llama4 export RUN --to DIR`: a run's weights and tokenizer as a folder that transformers loads."""
+"""`llama4 export RUN --to DIR`: a run's weights and tokenizer as a folder that transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -6,27 +6,47 @@ import argparse
 import json
 import sys
 
+QUANTISED = ("int4-g32", "int4-g128", "int8", "fp8")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the run's folder")
     parser.add_argument("--to", metavar="DIR", required=True, help="a new folder, in Hugging Face's format")
     parser.add_argument("--learner", help="which model, where the run has several")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
+                        help="of what is not quantised; float32 keeps the masters (default: bfloat16)")  # fmt: skip
+    parser.add_argument("--quantise", choices=QUANTISED, metavar="SCHEME",
+                        help=f"weights of projections and experts in fewer bits: {', '.join(QUANTISED)}")  # fmt: skip
+    parser.add_argument("--max-memory", default="2GB", help="of this process, whatever the model (default: 2GB)")
+    parser.add_argument("--threads", type=int, default=4, help="default: 4")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON; the log goes to stderr")
+    parser.epilog = "Stopped or killed, the same command goes on where it was (docs/export.md)."
 
 
 def run(args: argparse.Namespace) -> int:
-    from launch.startup import run_tokenizer
-    from training.checkpoint import restore_params
-    from training.export import save_hf
+    from training.transfer import parse_bytes
 
-    weights = restore_params(args.run, args.learner, args.step)
-    tokenizer = run_tokenizer(args.run, weights.config)
-    model = weights.config.learners[weights.learner].model
-    save_hf(weights.params, model, args.to, dtype=args.dtype, tokenizer=tokenizer)
-    written = dict(folder=args.to, run=args.run, learner=weights.learner, step=weights.step, dtype=args.dtype)
-    line = f"{args.to}: {weights.learner} of {args.run} at step {weights.step}, in {args.dtype}"
+    max_memory = parse_bytes(args.max_memory)
+    if args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, not {args.threads}")
+    from launch.startup import run_tokenizer
+    from training import model_card, quantised
+    from training.checkpoint_arrays import Arrays
+    from training.export import export_run
+    from training.model_folder import About
+
+    arrays = Arrays(args.run, args.learner, args.step)
+    tokenizer = run_tokenizer(args.run, arrays.config)
+    card = model_card.card(arrays, tokenizer, args.dtype, args.quantise or "")
+    export_run(
+        arrays, args.to, dtype=args.dtype, quant=quantised.SCHEMES[args.quantise] if args.quantise else None,
+        about=About(tokenizer, card), max_memory=max_memory, threads=args.threads,
+    )  # fmt: skip
+    written = dict(folder=args.to, run=args.run, learner=arrays.learner, step=arrays.step, dtype=args.dtype)
+    written |= dict(quantised=args.quantise) if args.quantise else {}
+    how = f"{args.quantise}, the rest {args.dtype}" if args.quantise else args.dtype
+    line = f"{args.to}: {arrays.learner} of {args.run} at step {arrays.step}, in {how}"
     print(line, file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(written))

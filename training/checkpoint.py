@@ -17,6 +17,7 @@ from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -32,6 +33,12 @@ from training.goodput import spent
 from training.mesh import shardings
 from training.state import TrainState, execution
 
+CHUNK_BYTES = 2**26
+"""What a stored chunk may have at most, so that whoever reads a slice needs little memory."""
+WEIGHTS_ALONE = {}
+"""The position in the data of a checkpoint that an import wrote: weights, in any dtype that goes into fp32 exactly, and
+nothing else of the state."""
+FLOATS = ("bfloat16", "float16")
 RESUMABLE = ("name", "out", "mesh", "train.steps", "train.log_every", "train.eval_every", "train.eval_batches",
              "train.checkpoint_every", "train.checkpoint_keep")  # fmt: skip
 """Config fields that a resumed run may change freely; of a learner all but its model, too."""
@@ -90,7 +97,10 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(
                 {name: _value(leaf) for name, leaf in named.items()},
-                save_args={name: ocp.SaveArgs(shard_axes=chunked_axes(leaf)) for name, leaf in named.items()},
+                save_args={
+                    name: ocp.SaveArgs(shard_axes=chunked_axes(leaf), chunk_byte_size=CHUNK_BYTES)
+                    for name, leaf in named.items()
+                },
             ),
             data=ocp.args.JsonSave(dict(position)),
             run=ocp.args.JsonSave(dict(record)),
@@ -124,14 +134,22 @@ class Checkpoints:
         """The part of the state whose names begin with `prefix`, as the abstract tree `like` is shaped and placed."""
         named = named_leaves(like, prefix)
         wanted = {name: _value(leaf) for name, leaf in named.items()}
-        stored: Any = self._manager.item_metadata(self.find(step))["state"]
-        _check_leaves(wanted, {n: m for n, m in stored.tree.items() if n.startswith(prefix)}, f"{self.folder}/{step}")
+        metadata: Any = self._manager.item_metadata(self.find(step))["state"]
+        stored = {n: m for n, m in metadata.tree.items() if n.startswith(prefix)}
+        alone = self.place(step) == WEIGHTS_ALONE
+        # Optimizers and running means begin at zero (tests/training/test_import_run.py).
+        fresh = {n for n in wanted.keys() - stored.keys() if alone and ".params." not in n}
+        _check_leaves({n: x for n, x in wanted.items() if n not in fresh}, stored, f"{self.folder}/{step}", alone)
         args = {
             name: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
             for name, x in wanted.items()
+            if name not in fresh
         }
-        restore = ocp.args.PyTreeRestore(wanted, restore_args=args, partial_restore=True)
+        restore = ocp.args.PyTreeRestore({name: wanted[name] for name in args}, restore_args=args, partial_restore=True)
         arrays = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+        arrays |= {
+            name: jnp.zeros(wanted[name].shape, wanted[name].dtype, device=wanted[name].sharding) for name in fresh
+        }
         leaves = [
             leaf.replace(arrays[name]) if is_variable(leaf) else arrays[name] for name, leaf in named.items()
         ]  # fmt: skip
@@ -174,14 +192,15 @@ def _value(leaf: Any) -> Any:
     return leaf.get_value() if is_variable(leaf) else leaf
 
 
-def _check_leaves(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:
+def _check_leaves(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: str, any_float: bool = False) -> None:
     if missing := sorted(set(wanted) - set(stored)):
         raise ValueError(f"checkpoint {where} lacks {missing[0]} ({len(missing)} of {len(wanted)} arrays missing)")
     if extra := sorted(set(stored) - set(wanted)):
         raise ValueError(f"checkpoint {where} holds {extra[0]}, which this run has not ({len(extra)} such arrays)")
     for name, x in wanted.items():
         have = stored[name]
-        if tuple(have.shape) != x.shape or have.dtype != x.dtype:
+        exact = have.dtype == x.dtype or (any_float and x.dtype == np.float32 and str(have.dtype) in FLOATS)
+        if tuple(have.shape) != x.shape or not exact:
             raise ValueError(
                 f"checkpoint {where}: {name} is {have.dtype}{list(have.shape)}, this run needs {x.dtype}{list(x.shape)}"
             )

@@ -14,7 +14,9 @@ from flax import nnx
 from llama4_jax import hf
 from llama4_jax.text import abstract
 from training import oracle
-from training.export import CONFIG, DTYPES, load_hf, read_config, read_json, stored_tensors
+from training.hf_import import load_hf
+from training.model_folder import CONFIG, read_config
+from training.safetensors_header import DTYPES, read_json, stored_tensors
 
 Against = Literal["transformers", "numpy"]
 MARGIN = 1e-5

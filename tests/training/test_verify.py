@@ -15,7 +15,7 @@ from flax import nnx
 from llama4_jax.config import ModelConfig, Rope
 from tools.record_golden import our_state, random_weights
 from training import verify as module
-from training.export import save_hf
+from training.export_params import save_hf
 from training.verify import Verification, router_margin, starts_at_ties, verify
 
 SCOUT = ModelConfig(vocab_size=64, embed_dim=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, dense_dim=48,
