@@ -178,8 +178,8 @@ def import_run(
     """Write a folder's weights as the checkpoint of step 0, of weights alone, of the run `cfg`, which has one learner
     with the folder's model; returns the bytes written.
 
-    The weights keep their dtype (quantised ones become fp32, which is exact). `finish(work)` writes what else the run's folder holds.
-    `max_memory` bounds the bytes of this process in memory. Every process of a job of several calls this and writes its
+    The weights keep their dtype (quantised ones become fp32, which is exact). `finish(work)` writes what else the run's
+    folder holds. `max_memory` bounds the bytes of this process in memory. Every process of a job of several calls this and writes its
     share. What a kill leaves is gone on with by the same call. Only local folders are written. Raises as `open_folder`.
     """
     opened = open_folder(folder)

@@ -18,7 +18,7 @@ from training.safetensors_header import read_json
 
 
 def card(arrays: Arrays, tokenizer: Tokenizer | None, dtype: str, quantised: str = "") -> str:
-    """Markdown: what the model is, how it was trained, on what, how well it predicts, and whose licences it is under."""
+    """Markdown: what the model is, how it was trained, on what, how well it predicts, under whose licences it is."""
     cfg, name = arrays.config, arrays.learner
     learner, model = cfg.learners[name], arrays.model
     built = _of_llama(learner, tokenizer)
@@ -76,8 +76,8 @@ def _training(cfg: RunConfig, learner: Learner, step: int) -> list[str]:
              for s in cfg.stages if s.after < step]  # fmt: skip
     if teacher := learner.distillation.teacher:
         d = learner.distillation
-        rows.append(("teacher", f"`{teacher}`{_teacher(cfg, teacher)}; divergence {d.divergence}, soft weight {d.soft:g} "
-                     f"({d.schedule})"))  # fmt: skip
+        rows.append(("teacher", f"`{teacher}`{_teacher(cfg, teacher)}; divergence {d.divergence}, soft weight "
+                     f"{d.soft:g} ({d.schedule})"))  # fmt: skip
     return [*_table(rows), "", "The whole configuration is `config.json` of the run."]
 
 
@@ -149,7 +149,7 @@ def _licence(learner: Learner, built: bool, tokenizer: Tokenizer | None) -> list
     what += ["uses Llama 4's tokenizer"] if isinstance(tokenizer, Llama4Tokenizer) else []
     return [
         "**Built with Llama.**", "",
-        f"This model {' and '.join(what)}. If those are Meta's, this folder is under the Llama 4 Community License: who "
-        "passes it on adds the agreement and the notice it asks for, keeps to its acceptable use policy, and begins "
+        f"This model {' and '.join(what)}. If those are Meta's, this folder is under the Llama 4 Community License: "
+        "who passes it on adds the agreement and the notice it asks for, keeps to its acceptable use policy, and begins "
         "the model's name with \"Llama\".",
     ]  # fmt: skip
