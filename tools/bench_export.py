@@ -2,7 +2,7 @@
 
     python -m tools.bench_export --folder /tmp/bench --gb 12 --kills 10
 
-Writes a synthetic checkpoint (fp32, chunks as training stores them, compressed as Orbax does), exports it in bf16 and
+Writes a synthetic checkpoint (fp32, in chunks as training and imports store them), exports it in bf16 and
 imports that again, each in a process of its own whose peak memory the operating system tells. Beside each, in turn, a
 plain copy reads and writes as many bytes of the same files. Then both are killed at random instants and started again:
 the files must be those of the unbroken run. Needs three times `--gb` of disk, which is free again afterwards.
@@ -51,7 +51,7 @@ def model(gb: float) -> ModelConfig:
         layers += 4
 
 
-def write_checkpoint(run: Path, cfg: ModelConfig) -> None:
+def write_checkpoint(run: Path, cfg: ModelConfig, compressor: dict | None) -> None:
     """Random weights, a chunk at a time."""
     base = configs.find("pretrain:tiny")
     learner = replace(base.learners["scout"], model=cfg)
@@ -70,8 +70,7 @@ def write_checkpoint(run: Path, cfg: ModelConfig) -> None:
         if 4 * np.prod(chunks) > 2**26:
             chunks[-2] = -(-chunks[-2] // int(-(-4 * np.prod(chunks) // 2**26)))
         spec = {"driver": "zarr", "kvstore": f"{url(step / 'state')}{array_name('scout', path)}/",
-                "metadata": {"shape": shape, "chunks": chunks, "dtype": "<f4",
-                             "compressor": {"id": "zstd", "level": 1}},
+                "metadata": {"shape": shape, "chunks": chunks, "dtype": "<f4", "compressor": compressor},
                 "store_data_equal_to_fill_value": True}  # fmt: skip
         array = ts.open(spec, create=True, open=True).result()
         for n, index in enumerate(np.ndindex(*(-(-s // c) for s, c in zip(shape, chunks, strict=True)))):
@@ -166,6 +165,7 @@ def main() -> None:
     parser.add_argument("--folder", required=True)
     parser.add_argument("--gb", type=float, default=12.0)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--compressed", action="store_true", help="as training's saves are; slow to make")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--max-memory", default="2GB")
     args = parser.parse_args()
@@ -173,7 +173,7 @@ def main() -> None:
     run, out, back = place / "run", place / "hf", place / "imported"
     if not (run / "checkpoints" / "0" / "state" / "_METADATA").exists():
         shutil.rmtree(place, ignore_errors=True)
-        write_checkpoint(run, model(args.gb))
+        write_checkpoint(run, model(args.gb), {"id": "zstd", "level": 1} if args.compressed else None)
     common = ["--max-memory", args.max_memory]
     export = ["export", str(run), "--to", str(out), *common]
     bring = ["import", str(out), "--to", str(back), *common]
