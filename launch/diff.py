@@ -36,9 +36,8 @@ def run(args: argparse.Namespace) -> int:
         return 1 if beyond or other else 0
     if not args.all:
         for layer in dict.fromkeys(one.layer for one in found):
-            print(
-                _line(max((one for one in found if one.layer == layer), key=lambda one: (not one.equal, one.relative)))
-            )
+            of_layer = [one for one in found if one.layer == layer]
+            print(_line(max(of_layer, key=lambda one: (not one.equal, one.relative))))
     for line in other:
         print(f"the models differ: {line}")
     same = sum(one.equal for one in found)

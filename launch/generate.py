@@ -91,9 +91,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             try:
                 value = json.loads(line) if line.strip() else None
             except ValueError:
-                raise ValueError(
-                    f'{args.prompts}:{number} is not JSON: a text in quotes, or {{"prompt": ...}}'
-                ) from None
+                line = f'{args.prompts}:{number} is not JSON: a text in quotes, or {{"prompt": ...}}'
+                raise ValueError(line) from None
             value = value.get("prompt") if isinstance(value, dict) else value
             if line.strip() and not isinstance(value, str):
                 raise ValueError(f'{args.prompts}:{number} holds no text, nor an object with a text as its "prompt"')

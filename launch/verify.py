@@ -86,8 +86,8 @@ def compare_source(folder: str, manifest: dict[str, Any], given: str | None) -> 
             wrong.append(one)
     if wrong:
         first = f"{f'layer {wrong[0].layer} ' if wrong[0].layer is not None else ''}{wrong[0].name}"
-        return dict(ok=False, compared=True, text=f"NOT EQUAL to {source.where}: {len(wrong)} of {count} weights differ, "
-                    f"first {first}")  # fmt: skip
+        text = f"NOT EQUAL to {source.where}: {len(wrong)} of {count} weights differ, first {first}"
+        return dict(ok=False, compared=True, text=text)
     text = f"equal to {source.where}: {count} weights" + (
         f", quantised ones within {worst:.2e} of the largest" if quantised else f" in {manifest.get('dtype')}"
     )

@@ -1,4 +1,4 @@
-"""Text generation: key/value caches, prefill of unequal prompts in pieces, a decoding loop inside one `jit`, and sampling.
+"""Text generation: key/value caches, prefill of unequal prompts in pieces, a decoding loop in one `jit`, and sampling.
 
 **Caches.** The key of position p lies in slot p mod S of its layer's cache. Global layers have a slot for every
 position, so p mod S = p. Local layers have one chunk of slots, S = C: their query at p sees the keys of

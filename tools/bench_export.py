@@ -2,7 +2,7 @@
 
     python -m tools.bench_export --folder /tmp/bench --gb 12 --kills 10
 
-Writes a synthetic checkpoint (fp32, in chunks as training and imports store them), exports it in bf16 and
+Writes a synthetic checkpoint (fp32), exports it in bf16 and
 imports that again, each in a process of its own whose peak memory the operating system tells. Beside each, in turn, a
 plain copy reads and writes as many bytes of the same files. Then both are killed at random instants and started again:
 the files must be those of the unbroken run. Needs three times `--gb` of disk, which is free again afterwards.
@@ -51,8 +51,8 @@ def model(gb: float) -> ModelConfig:
         layers += 4
 
 
-def write_checkpoint(run: Path, cfg: ModelConfig, compressor: dict | None) -> None:
-    """Random weights, a chunk at a time."""
+def write_checkpoint(run: Path, cfg: ModelConfig) -> None:
+    """Random weights, a chunk at a time, in chunks as training and imports store them, without compression."""
     base = configs.find("pretrain:tiny")
     learner = replace(base.learners["scout"], model=cfg)
     tokenizer = run / "tokenizer.model"
@@ -70,15 +70,21 @@ def write_checkpoint(run: Path, cfg: ModelConfig, compressor: dict | None) -> No
         if 4 * np.prod(chunks) > 2**26:
             chunks[-2] = -(-chunks[-2] // int(-(-4 * np.prod(chunks) // 2**26)))
         spec = {"driver": "zarr", "kvstore": f"{url(step / 'state')}{array_name('scout', path)}/",
-                "metadata": {"shape": shape, "chunks": chunks, "dtype": "<f4", "compressor": compressor},
+                "metadata": {"shape": shape, "chunks": chunks, "dtype": "<f4", "compressor": None},
                 "store_data_equal_to_fill_value": True}  # fmt: skip
         array = ts.open(spec, create=True, open=True).result()
+        first: Path | None = None
         for n, index in enumerate(np.ndindex(*(-(-s // c) for s, c in zip(shape, chunks, strict=True)))):
-            box = tuple(slice(i * c, min((i + 1) * c, s)) for i, c, s in zip(index, chunks, shape, strict=True))
-            size = int(np.prod([b.stop - b.start for b in box]))
-            at = (n * 7919) % 1024
-            values = np.resize(noise[at:], size)
-            array[box].write(values.reshape([b.stop - b.start for b in box])).result()
+            file = Path(step / "state" / array_name("scout", path) / ".".join(map(str, index)))
+            if first is None:
+                box = tuple(slice(0, min(c, s)) for c, s in zip(chunks, shape, strict=True))
+                sizes = [b.stop for b in box]
+                array[box].write(np.resize(noise, int(np.prod(sizes))).reshape(sizes)).result()
+                first = file
+            else:  # the same numbers but for a stamp, which are quicker to copy than to draw
+                shutil.copyfile(first, file)
+                with file.open("r+b") as f:
+                    f.write(np.float32(n).tobytes() * 16)
         arrays[array_name("scout", path)] = (shape, chunks)
     from data import tokenizer as tokenizers
 
@@ -165,7 +171,6 @@ def main() -> None:
     parser.add_argument("--folder", required=True)
     parser.add_argument("--gb", type=float, default=12.0)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--compressed", action="store_true", help="as training's saves are; slow to make")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--max-memory", default="2GB")
     args = parser.parse_args()
@@ -173,7 +178,7 @@ def main() -> None:
     run, out, back = place / "run", place / "hf", place / "imported"
     if not (run / "checkpoints" / "0" / "state" / "_METADATA").exists():
         shutil.rmtree(place, ignore_errors=True)
-        write_checkpoint(run, model(args.gb), {"id": "zstd", "level": 1} if args.compressed else None)
+        write_checkpoint(run, model(args.gb))
     common = ["--max-memory", args.max_memory]
     export = ["export", str(run), "--to", str(out), *common]
     bring = ["import", str(out), "--to", str(back), *common]

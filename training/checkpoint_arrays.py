@@ -36,7 +36,7 @@ class Arrays:
         """The newest checkpoint by default; the learner must be named where the run has several. ValueError or
         FileNotFoundError say what is missing."""
         self.folder = epath.Path(folder)
-        with Checkpoints(folder) as checkpoints:
+        with Checkpoints(self.folder) as checkpoints:
             self.step = checkpoints.find(step)
         self.state = self.folder / "checkpoints" / str(self.step) / "state"
         self.record = json.loads((self.state.parent / "run" / "metadata").read_text())

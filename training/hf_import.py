@@ -179,8 +179,9 @@ def import_run(
     with the folder's model; returns the bytes written.
 
     The weights keep their dtype (quantised ones become fp32, which is exact). `finish(work)` writes what else the run's
-    folder holds. `max_memory` bounds the bytes of this process in memory. Every process of a job of several calls this and writes its
-    share. What a kill leaves is gone on with by the same call. Only local folders are written. Raises as `open_folder`.
+    folder holds. `max_memory` bounds the bytes of this process in memory. Every process of a job of several calls this
+    and writes its share. What a kill leaves is gone on with by the same call. Only local folders are written. Raises as
+    `open_folder`.
     """
     opened = open_folder(folder)
     run, (learner, of) = epath.Path(cfg.folder), next(iter(cfg.learners.items()))
@@ -259,14 +260,20 @@ def _move(
         return
     t = job.tensor
     with budget.hold(4 * job.nbytes):  # as read, as one of ours, and as chunks on their way
-        box = t.theirs(job.ranges)[0]
-        box[-1] = (box[-1][0], box[-1][0] + (box[-1][1] - box[-1][0]) * len(t.paths))  # side by side, so read at once
-        theirs = opened.stored[t.name].box(box)
+        theirs = _read(opened, job)
         for path, part in zip(t.paths, np.split(theirs, len(t.paths), axis=-1), strict=True):
             place = tuple(slice(*job.ranges.get(c, (0, t.sizes[c]))) for c in t.letters)
             arrays[path][(*t.index, *place)].write(t.ours(part)).result()
     journal.add(job.name, job.nbytes, size=job.nbytes)
     progress.add(job.nbytes)
+
+
+def _read(opened: Folder, job: _Job) -> np.ndarray:
+    """A piece, in their layout; where theirs is several of ours, side by side, at once."""
+    t = job.tensor
+    box = t.theirs(job.ranges)[0]
+    box[-1] = (box[-1][0], box[-1][0] + (box[-1][1] - box[-1][0]) * len(t.paths))
+    return opened.stored[t.name].box(box)
 
 
 def _dtypes(opened: Folder) -> dict[hf.Path, hf.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class Stage(NamedTuple):
     router_RE: np.ndarray | None = None  # the router's logits, where there is one
 
 
+@runtime_checkable
 class Model(Protocol):
     """`stages` first: the embedding, each layer, the final norm; then `logits` of some columns of the vocabulary."""
 

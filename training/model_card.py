@@ -150,6 +150,6 @@ def _licence(learner: Learner, built: bool, tokenizer: Tokenizer | None) -> list
     return [
         "**Built with Llama.**", "",
         f"This model {' and '.join(what)}. If those are Meta's, this folder is under the Llama 4 Community License: "
-        "who passes it on adds the agreement and the notice it asks for, keeps to its acceptable use policy, and begins "
-        "the model's name with \"Llama\".",
+        "who passes it on adds the agreement and the notice it asks for, keeps to its acceptable use policy, and "
+        'begins the model\'s name with "Llama".',
     ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 Three questions, each in memory that does not grow with the model but by a layer: are all tensors there, in their shapes
 and with the digests of the manifest (`check_files`); do this project's layers and another implementation's give the
-same, layer by layer (`verify`); and are the weights those of the checkpoint they were exported from (`training/diff.py`).
+same, layer by layer (`verify`); and are the weights those of the checkpoint that was exported (`training/diff.py`).
 """
 
 from __future__ import annotations
@@ -164,9 +164,8 @@ class Files:
     def __str__(self) -> str:
         what = "digests as in the manifest" if self.digests else "no manifest, so digests were not compared"
         if self.problems:
-            return f"NOT WHOLE: {self.problems[0]}" + (
-                f" (and {len(self.problems) - 1} more)" * (len(self.problems) > 1)
-            )
+            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+            return f"NOT WHOLE: {self.problems[0]}{more}"
         return f"whole: {self.tensors} tensors, {self.bytes / 1e9:.2f} GB, shapes and dtypes as they should be, {what}"
 
 
@@ -187,9 +186,7 @@ def check_files(folder: epath.PathLike, threads: int = 4, log: Callable[[str], o
         with ThreadPoolExecutor(threads) as pool:
             for name, found in zip(both, pool.map(partial(_digest, stored, progress), both), strict=True):
                 if found != wanted[name]:
-                    problems.append(
-                        f"tensor {name} in {stored[name].file} is not what was exported: its digest differs"
-                    )
+                    problems.append(f"tensor {name} in {stored[name].file} is not what was exported: another digest")
         progress.close()
     return Files(len(stored), total, wanted is not None, tuple(problems), manifest)
 

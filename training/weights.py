@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -19,6 +19,7 @@ from training.safetensors_header import read_json
 Ranges = Mapping[str, tuple[int, int]]
 
 
+@runtime_checkable
 class Weights(Protocol):
     """What both kinds offer."""
 
