@@ -37,6 +37,7 @@ COMMANDS = {
     "import": ("launch.import_", "turn a Hugging Face folder into a run's checkpoint"),
     "verify": ("launch.verify", "check a Hugging Face folder's files, its logits layer by layer, and its source"),
     "diff": ("launch.diff", "compare two checkpoints of any kind, weight by weight"),
+    "continue": ("launch.continue_", "train a Hugging Face folder on, perhaps taught by another, export and verify"),
     "generate": ("launch.generate", "continue prompts, or answer them"),
     "inspect": ("launch.inspect", "show a model's layers and count its parameters"),
     "report": ("launch.report", "write a page about a run, or about several side by side"),

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training.checkpoint_arrays import Arrays
 
 QUANTISED = ("int4-g32", "int4-g128", "int8", "fp8")
 
@@ -25,23 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from training.transfer import parse_bytes
-
-    max_memory = parse_bytes(args.max_memory)
     if args.threads < 1:
         raise ValueError(f"--threads must be at least 1, not {args.threads}")
-    from launch.startup import run_tokenizer
-    from training import model_card, quantised
-    from training.checkpoint_arrays import Arrays
-    from training.export import export_run
-    from training.model_folder import About
-
-    arrays = Arrays(args.run, args.learner, args.step)
-    tokenizer = run_tokenizer(args.run, arrays.config)
-    card = model_card.card(arrays, tokenizer, args.dtype, args.quantise or "")
-    export_run(
-        arrays, args.to, dtype=args.dtype, quant=quantised.SCHEMES[args.quantise] if args.quantise else None,
-        about=About(tokenizer, card), max_memory=max_memory, threads=args.threads,
+    arrays = write(
+        args.run, args.to, args.learner, args.step, args.dtype, args.quantise, args.max_memory, args.threads
     )  # fmt: skip
     written = dict(folder=args.to, run=args.run, learner=arrays.learner, step=arrays.step, dtype=args.dtype)
     written |= dict(quantised=args.quantise) if args.quantise else {}
@@ -51,3 +42,24 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(written))
     return 0
+
+
+def write(
+    run: str, to: str, learner: str | None, step: int | None, dtype: Any, quantise: str | None, max_memory: str,
+    threads: int = 4,
+) -> Arrays:  # fmt: skip
+    """Export a run's checkpoint with its tokenizer and card."""
+    from launch.startup import run_tokenizer
+    from training import model_card, quantised
+    from training.checkpoint_arrays import Arrays
+    from training.export import export_run
+    from training.model_folder import About
+    from training.transfer import parse_bytes
+
+    limit = parse_bytes(max_memory)
+    arrays = Arrays(run, learner, step)
+    tokenizer = run_tokenizer(run, arrays.config)
+    about = About(tokenizer, model_card.card(arrays, tokenizer, dtype, quantise or ""))
+    scheme = quantised.SCHEMES[quantise] if quantise else None
+    export_run(arrays, to, dtype=dtype, quant=scheme, about=about, max_memory=limit, threads=threads)
+    return arrays

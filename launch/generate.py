@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
@@ -38,8 +38,9 @@ def run(args: argparse.Namespace) -> int:
 
     from llama4_jax.axes import Execution
     from llama4_jax.generate import generate
+    from training.load import load_model
 
-    model, tokenizer, stops = load(args.model, args.learner)
+    model, tokenizer, stops = load_model(args.model, args.learner)
     stops = tuple(args.stop) if args.stop else stops
     ids = [_encode(tokenizer, prompt, args.chat) for prompt in prompts]
     for first in range(0, len(ids), args.batch):
@@ -56,29 +57,6 @@ def run(args: argparse.Namespace) -> int:
             else:
                 _show(prompt, text, args.chat)
     return 0
-
-
-def load(place: str, learner: str | None = None) -> tuple[Any, Tokenizer, tuple[int, ...]]:
-    """(model, tokenizer, ids that end a text) of RUN, RUN@STEP or a Hugging Face folder, on the first device."""
-    from flax import nnx
-
-    from data import tokenizer
-    from launch.startup import run_tokenizer
-    from llama4_jax.text import abstract
-    from training.checkpoint import restore_params
-    from training.hf_import import load_hf
-    from training.model_folder import read_config, stop_ids
-    from training.weights import RunWeights, open_weights
-
-    weights = open_weights(place, learner)
-    if isinstance(weights, RunWeights):
-        arrays = weights.arrays
-        found = restore_params(arrays.folder, arrays.learner, arrays.step)
-        tokens = run_tokenizer(arrays.folder, arrays.config)
-        return nnx.merge(nnx.split(abstract(arrays.model))[0], found.params), tokens, (tokens.eos_id,)
-    model = nnx.merge(nnx.split(abstract(read_config(place)))[0], load_hf(place))
-    tokens = tokenizer.load(place)
-    return model, tokens, stop_ids(place) or (tokens.eos_id,)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

@@ -91,6 +91,23 @@ def test_from_another_run(train: str, capsys):
     assert not Path("x").exists()
 
 
+@pytest.mark.slow
+def test_the_whole_way_in_one_command(train: str, capsys):
+    """A folder in, trained on at a longer sequence with a teacher, and out again, verified; run again, nothing more."""
+    output(train, capsys)
+    output("export run --to scout --dtype float32", capsys)
+    output(f"{train.replace('--out run', '--out other')} --model.moe-every 2 --train.seed 3", capsys)
+    output("export other --to maverick", capsys)
+    longer = data(train).replace("--train.seq-len 32", "--train.seq-len 64")
+    line = f"continue scout --teacher maverick --to longer --against numpy {longer} --train.eval-batches 1"
+    made = output(line, capsys)
+    assert made["ok"] and made["verify"]["ok"] and made["run"]["step"] == 2
+    assert made["source"].startswith("equal to longer/run@2")
+    card = Path("longer/hf/README.md").read_text()
+    assert "Built with Llama" in card and "| teacher |" in card and "hf:maverick" in card
+    assert output(line, capsys) | {"run": 0} == made | {"run": 0}
+
+
 def data(train: str) -> str:
     return f"--data.sources {train.split()[5]} --data.heldout 0.2 --train.batch 8 --train.seq-len 32 --train.steps 2"
 
