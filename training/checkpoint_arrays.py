@@ -76,6 +76,11 @@ class Arrays:
             self._open[path] = array
         return self._open[path]
 
+    def chunk(self, path: hf.Path) -> tuple[int, ...]:
+        """Shape of a stored chunk."""
+        layout: Any = self.array(path).chunk_layout
+        return tuple(layout.read_chunk.shape)
+
     @cached_property
     def shapes(self) -> dict[hf.Path, tuple[int, ...]]:
         """What the configuration says."""
@@ -148,9 +153,9 @@ def pieces(t: hf.Tensor, chunk: Mapping[str, int], most: int) -> Iterator[dict[s
 
     `most`: elements that a piece should have; it has at least a chunk's rows.
     """
-    lead, last = rows_letter(t), t.shape[-1] * (1 if len(t.groups) > 1 else 0) or 1
-    inner = math.prod(t.sizes[letter] for letter in t.groups[0][1:]) if len(t.groups) < 3 else 1
-    row = inner * last
+    lead = rows_letter(t)
+    joined = next(group for group in t.groups if group[0] == lead)[1:]
+    row = math.prod(t.sizes[letter] for letter in joined) * (t.shape[-1] if len(t.groups) > 1 else 1)
     step = min(chunk[lead], t.sizes[lead])
     step *= max(1, most // (row * step))
     experts: list[dict[str, tuple[int, int]]] = [{}]

@@ -182,7 +182,7 @@ class _Plan:
 
     def chunk(self, t: hf.Tensor) -> dict[str, int]:
         """Of a stored chunk in each of our letters."""
-        shape = self.arrays.array(t.paths[0]).chunk_layout.read_chunk.shape
+        shape = self.arrays.chunk(t.paths[0])
         return dict(zip(t.letters, shape[len(t.index) :], strict=True))
 
     def pieces(self, job: Job) -> list[dict[str, tuple[int, int]]]:
@@ -203,22 +203,20 @@ class _Plan:
         return min(PIECE_BYTES, self.share // 4)
 
     def _chunk_bytes(self, t: hf.Tensor) -> int:
-        array = self.arrays.array(t.paths[0])
-        return math.prod(array.chunk_layout.read_chunk.shape) * array.dtype.numpy_dtype.itemsize
+        return math.prod(self.arrays.chunk(t.paths[0])) * self.arrays.array(t.paths[0]).dtype.numpy_dtype.itemsize
 
     def check(self) -> None:
         """ValueError for arrays that are not there, and chunks that cannot be read slice by slice."""
         for job in self.jobs:
             t = job.tensor
             for path in t.paths:
-                name, array = array_name(self.arrays.learner, path), self.arrays.array(path)
-                chunk = array.chunk_layout.read_chunk.shape
+                name, chunk = array_name(self.arrays.learner, path), self.arrays.chunk(path)
                 if math.prod(chunk[: len(t.index)]) > 1 and self._chunk_bytes(t) > PIECE_BYTES:
                     raise ValueError(
                         f"{name} is stored in chunks of {list(chunk)}, {self._chunk_bytes(t) / 1e9:.1f} GB, each of "
                         "several layers or experts: save the run again with this version, which cuts them apart"
                     )
-            self.budget.check(max(map(partial(self.cost, job), self.pieces(job))), name)
+            self.budget.check(max(map(partial(self.cost, job), self.pieces(job))), job.tensor.name)
 
     def read(self, job: Job, ranges: dict[str, tuple[int, int]]) -> np.ndarray:
         """A piece, in their layout."""

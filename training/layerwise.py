@@ -54,7 +54,7 @@ class Ours:
             block, i = divmod(number, cfg.period)
             graphdef, paths = self._layer(i)
             flat = [(path, self._weights.read(("blocks", "layers", i, *path), (block,))) for path in paths]
-            state = nnx.State.from_flat_path([(p, nnx.Param(w, axes=paths[p][0], fp32=paths[p][1])) for p, w in flat])
+            state = nnx.from_flat_state([(p, nnx.Param(w, axes=paths[p][0], fp32=paths[p][1])) for p, w in flat])
             x, z_RE = _run(graphdef, state, x_BTD)
             x_BTD = np.asarray(x)
             yield Stage(f"layer {number}", x_BTD, None if z_RE is None else np.asarray(z_RE))
@@ -146,8 +146,10 @@ class Transformers:
                 f"this needs transformers and torch: install the extra [verify], or compare --against numpy ({error})"
             ) from None
         self._torch, self._code, self._theirs = torch, modeling_llama4, Theirs(folder)
-        settings = {k: v for k, v in hf.config_to_hf(folder.cfg).items() if k not in ("architectures", "model_type")}
-        self._config = Llama4TextConfig(**settings, attn_implementation="eager")
+        settings: dict[str, Any] = hf.config_to_hf(folder.cfg)
+        settings = {k: v for k, v in settings.items() if k not in ("architectures", "model_type")}
+        make: Any = Llama4TextConfig
+        self._config = make(**settings, attn_implementation="eager")
 
     def stages(self, ids_BT: np.ndarray) -> Iterator[Stage]:
         torch, code, config = self._torch, self._code, self._config

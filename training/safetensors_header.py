@@ -110,7 +110,7 @@ class Reader:
 
     def into(self, buffer: np.ndarray, offset: int) -> None:
         """Fill a buffer of bytes from there; ValueError where the file ends before."""
-        view, done = memoryview(buffer), 0
+        view, done = buffer.data, 0
         while done < len(view):
             if self._fd is not None:
                 got = os.preadv(self._fd, [view[done:]], offset + done)

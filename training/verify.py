@@ -163,9 +163,9 @@ class Files:
 
     def __str__(self) -> str:
         what = "digests as in the manifest" if self.digests else "no manifest, so digests were not compared"
-        if self.problems:
+        for first in self.problems:
             more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-            return f"NOT WHOLE: {self.problems[0]}{more}"
+            return f"NOT WHOLE: {first}{more}"
         return f"whole: {self.tensors} tensors, {self.bytes / 1e9:.2f} GB, shapes and dtypes as they should be, {what}"
 
 
