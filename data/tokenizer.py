@@ -35,6 +35,11 @@ class Tokenizer(ABC):
         self._file = model
         self.hash: str = sha256(model).hexdigest()
 
+    @property
+    def model_bytes(self) -> bytes:
+        """The model file."""
+        return self._file
+
     @abstractmethod
     def ids(self, text: str) -> np.ndarray:
         """Ids of the text alone, int32 [T], without bos or eos; names of special tokens in it are ordinary text."""

@@ -121,7 +121,7 @@ class Made:
 def _export(run: epath.Path, learner: str, to: epath.Path) -> dict[str, Any]:
     from launch.startup import run_tokenizer
     from training.checkpoint import restore_params
-    from training.export import save_hf
+    from training.export_params import save_hf
 
     weights = restore_params(run, learner)
     if to.exists():  # of a shorter run, or one whose record was lost

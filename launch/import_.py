@@ -21,17 +21,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="RUN", required=True, help="the run's folder")
     parser.add_argument("--preset", metavar="NAME", default="pretrain:tiny",
                         help="where everything but the model comes from (default: pretrain:tiny)")  # fmt: skip
+    parser.add_argument("--max-memory", default="2GB", help="of this process, whatever the model (default: 2GB)")
+    parser.add_argument("--threads", type=int, default=4, help="default: 4")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON; the log goes to stderr")
     parser.epilog = (
         "The model's shape is the folder's. The tokenizer is the folder's, or --data.tokenizer PATH.\n"
-        "llama4 train RUN goes on from there; llama4 train NAME --init hf:DIR imports and trains in one."
+        "The checkpoint holds the weights alone, as they are: llama4 train RUN goes on from there with a fresh\n"
+        "optimizer, llama4 export RUN writes them again. Stopped or killed, the same command goes on where it was.\n"
+        "llama4 train NAME --init hf:DIR imports and trains in one."
     )
 
 
 def run(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         cfg = _configuration(args)
-        _write(cfg)
+        _write(cfg, args)
         print(f"{args.to}: the weights of {args.folder} at step 0; go on with: llama4 train {args.to}")
     if args.json:
         print(json.dumps(dict(folder=args.to, source=args.folder, learner=next(iter(cfg.learners)), step=0)))
@@ -41,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 def _configuration(args: argparse.Namespace) -> RunConfig:
     """The preset with the folder's model, weights and tokenizer."""
     from data import tokenizer
-    from training.export import read_config
+    from training.model_folder import read_config
 
     cfg = configs.find(args.preset)
     if len(cfg.learners) > 1:
@@ -58,30 +62,21 @@ def _configuration(args: argparse.Namespace) -> RunConfig:
     return cfg
 
 
-def _write(cfg: RunConfig) -> None:
-    """What `training.loop.train` would have kept before its first step."""
-    from etils import epath
-
-    from launch.startup import open_corpus
-    from training.checkpoint import Checkpoints, run_record
+def _write(cfg: RunConfig, args: argparse.Namespace) -> None:
+    """What `training.loop.train` would have kept before its first step, but for the optimizer's state."""
+    from data import tokenizer
+    from training.hf_import import import_run
     from training.loop import write_config
-    from training.mesh import check_fits, make_mesh
-    from training.start import initial_state
+    from training.transfer import parse_bytes
 
-    folder = epath.Path(cfg.folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists already and is not an empty folder: name a new one for the run")
-    corpus = open_corpus(cfg)
-    mesh = make_mesh(cfg.mesh)
-    check_fits(cfg, mesh)
-    state = initial_state(cfg, mesh)
-    chunk = next(iter(cfg.learners.values())).model.chunk
-    stream = corpus.train(cfg.train.batch, cfg.train.seq_len, chunk, cfg.train.seed)
+    overrides.check_vocabulary(cfg)
+    tokens = tokenizer.load(cfg.data.tokenizer)
+    overrides.check_vocabulary(cfg, tokens.vocab_size)
     # The run needs the source no more.
-    kept = dataclasses.replace(cfg.data, tokenizer=str(folder / corpus.tokenizer.FILE))
-    cfg = dataclasses.replace(cfg, data=kept)
-    with Checkpoints(folder, cfg.train.checkpoint_keep) as checkpoints:
-        checkpoints.save(0, state, stream.get_state() | {"tokens_seen": 0}, run_record(cfg, corpus.tokenizer.hash))
-    stream.close()
-    write_config(folder, cfg)
-    corpus.tokenizer.save(folder)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=f"{cfg.folder}/{tokens.FILE}"))
+
+    def finish(folder):
+        write_config(folder, cfg)
+        tokens.save(folder)
+
+    import_run(args.folder, cfg, tokens.hash, finish, max_memory=parse_bytes(args.max_memory), threads=args.threads)

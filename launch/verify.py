@@ -1,11 +1,11 @@
-"""`llama4 verify DIR`: whether a Hugging Face folder means the same to this project and to another implementation."""
+"""`llama4 verify DIR`: whether a Hugging Face folder is whole, computes what it should, and is its source's."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
+import sys
 from typing import Any, Literal
 
 Against = Literal["transformers", "numpy"]
@@ -13,31 +13,82 @@ Against = Literal["transformers", "numpy"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a folder in Hugging Face's format")
-    parser.add_argument("--against", choices=("transformers", "numpy"), default="transformers",
-                        help="what to compare with; numpy is a small oracle that needs no extra")  # fmt: skip
+    parser.add_argument("--against", choices=("transformers", "numpy", "nothing"), default="transformers",
+                        help="what to compare the logits with, a layer at a time; numpy is a small oracle that needs "
+                        "no extra; nothing: only the files and the source")  # fmt: skip
+    parser.add_argument("--source", metavar="RUN", help="the run it was exported from (default: where the manifest "
+                        "says, if that is there)")  # fmt: skip
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of max |a - b| / max |b| (default: 1e-4)")
     parser.add_argument("--tokens", type=int, help="length of the random sequences (default: 3.5 chunks, at most 4096)")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    parser.add_argument("--json", action="store_true", help="print the comparison as JSON; the log goes to stderr")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0 where the logits agree, 1 where they do not or the comparison is undecided."""
-    result = compare(args.folder, args.against, args.tolerance, args.tokens, args.seed)
-    print(json.dumps(result) if args.json else f"{args.folder}: {result['text']}")
+    """Exit status 0 where all is as it should be, 1 where something is not, or the comparison is undecided."""
+    from training.verify import check_files
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    files = check_files(args.folder)
+    result: dict[str, Any] = dict(ok=files.ok, files=dict(ok=files.ok, text=str(files), problems=files.problems))
+    say(f"{args.folder}: {files}")
+    source = compare_source(args.folder, files.manifest, args.source)
+    say(f"{args.folder}: {source['text']}")
+    result |= dict(source=source, ok=result["ok"] and source["ok"])
+    if args.against != "nothing":
+        compared = compare(args.folder, args.against, args.tolerance, args.tokens, args.seed, say)
+        say(f"{args.folder}: {compared['text']}")
+        result = compared | result | dict(ok=result["ok"] and compared["ok"])
+    if args.json:
+        print(json.dumps(result))
     return 0 if result["ok"] else 1
 
 
 def compare(
-    folder: str, against: Against = "transformers", tolerance: float = 1e-4, tokens: int | None = None, seed: int = 0
-) -> dict[str, Any]:
-    """The comparison of `training.verify.verify` as JSON has it, without transformers' progress bars and advice."""
+    folder: str, against: Against = "transformers", tolerance: float = 1e-4, tokens: int | None = None, seed: int = 0,
+    say=lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """The comparison of `training.verify.verify` as JSON has it."""
     from training.verify import verify
 
-    if against == "transformers" and importlib.util.find_spec("transformers"):
-        from transformers.utils import logging  # pyright: ignore[reportMissingImports]
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    result = verify(folder, tolerance, tokens, against=against, seed=seed)
+    result = verify(folder, tolerance, tokens, against=against, seed=seed, say=say)
     return dataclasses.asdict(result) | dict(ok=result.ok, undecided=result.undecided, text=str(result))
+
+
+def compare_source(folder: str, manifest: dict[str, Any], given: str | None) -> dict[str, Any]:
+    """Whether the folder's weights are those of the run's checkpoint: exactly, or where they were rounded to bfloat16,
+    as that rounds. What was quantised is as far off as is said."""
+    from training import diff
+    from training.weights import FolderWeights, RunWeights
+
+    about = manifest.get("source") or {}
+    place = given or about.get("folder", "")
+    if not place:
+        return dict(ok=True, compared=False, text="source not compared: the manifest names none, give --source RUN")
+    try:
+        source = RunWeights(place, about.get("learner"), about.get("step"))
+    except FileNotFoundError:
+        if given:
+            raise
+        return dict(ok=True, compared=False, text=f"source not compared: {place} is not there, give --source RUN")
+    if about.get("index_sha256") not in (None, source.arrays.identity()):
+        text = f"NOT the source: {source.where} is not the checkpoint that was exported, its index differs"
+        return dict(ok=False, compared=True, text=text)
+    exported = FolderWeights(folder)
+    quantised, worst, wrong, count = manifest.get("quantisation"), 0.0, [], 0
+    for one in diff.compare(exported, source, rounded=manifest.get("dtype") == "bfloat16"):
+        count += 1
+        if quantised and not one.equal and one.name.rpartition(".")[2].startswith("w"):  # a matrix; others stay
+            worst = max(worst, one.relative)
+        elif not one.equal:
+            wrong.append(one)
+    if wrong:
+        first = f"{f'layer {wrong[0].layer} ' if wrong[0].layer is not None else ''}{wrong[0].name}"
+        text = f"NOT EQUAL to {source.where}: {len(wrong)} of {count} weights differ, first {first}"
+        return dict(ok=False, compared=True, text=text)
+    text = f"equal to {source.where}: {count} weights" + (
+        f", quantised ones within {worst:.2e} of the largest" if quantised else f" in {manifest.get('dtype')}"
+    )
+    return dict(ok=True, compared=True, worst_quantised=worst, text=text)

@@ -1,4 +1,4 @@
-"""Text generation: key/value caches, prefill of unequal prompts, a decoding loop inside one `jit`, and sampling.
+"""Text generation: key/value caches, prefill of unequal prompts in pieces, a decoding loop in one `jit`, and sampling.
 
 **Caches.** The key of position p lies in slot p mod S of its layer's cache. Global layers have a slot for every
 position, so p mod S = p. Local layers have one chunk of slots, S = C: their query at p sees the keys of
@@ -28,6 +28,7 @@ from llama4_jax.attention import Attention
 from llama4_jax.axes import Execution
 from llama4_jax.config import ModelConfig
 from llama4_jax.kernels.attention import reference
+from llama4_jax.kernels.attention.api import attention
 from llama4_jax.text import Transformer
 
 PORTABLE = Execution()
@@ -46,6 +47,13 @@ Caches = tuple[Cache, ...]
 
 Attend = Callable[[Attention, jax.Array, jax.Array, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
 """(attention, q_BTNH, k_BTKH, v_BTKH, cache, block) -> (out_BTNH, the cache with this block's part updated)."""
+
+
+def cache_bytes(cfg: ModelConfig, batch: int, max_length: int, itemsize: int = 2) -> int:
+    """2 B K H (L_global S + L_local min(C, S)) numbers: what `empty_caches` takes."""
+    local = sum(kind.local for kind in cfg.pattern) * cfg.num_blocks
+    slots = (cfg.num_layers - local) * max_length + local * min(cfg.chunk, max_length)
+    return 2 * batch * cfg.num_kv_heads * cfg.head_dim * slots * itemsize
 
 
 def empty_caches(cfg: ModelConfig, batch: int, max_length: int, dtype: DTypeLike) -> Caches:
@@ -93,32 +101,73 @@ def _logits(model: Transformer, x_B1D: Float[Array, "B 1 D"]) -> Float[Array, "B
 
 
 def prefill(
-    model: Transformer, tokens_BT: Int[Array, "B T"], lengths_B: Int[Array, "B"], max_length: int
+    model: Transformer,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, "B"],
+    max_length: int,
+    piece: int | None = None,
 ) -> tuple[Float[Array, "B V"], Caches]:
-    """Read prompts, right-padded to T, in one forward: fp32 logits of each one's next token, and the caches.
+    """Read prompts, right-padded to T: fp32 logits of each one's next token, and the caches.
 
     `model` holds weights in the compute dtype (`Execution.fetch_module`). Row b decodes on at position
-    `lengths_B[b]`; `max_length` bounds the positions ever decoded, and every length lies below it.
+    `lengths_B[b]`; `max_length` bounds the positions ever decoded, and every length lies below it. `piece`: so many
+    tokens go through the layers at a time, whole chunks of which T is a multiple; by default all.
     """
     B, T = tokens_BT.shape
-    row_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    piece = piece or T
+    if piece < T and (T % piece or piece % model.cfg.chunk):
+        raise ValueError(f"prefill: a piece of {piece} is not whole chunks of {model.cfg.chunk} that divide {T}")
+    caches = empty_caches(model.cfg, B, max_length, model.embedding.table_VD[...].dtype)
+    last_B1D = jnp.zeros((B, 1, model.cfg.embed_dim), model.embedding.table_VD[...].dtype)
+
+    def read(carry, numbered):
+        number, part_BT = numbered
+        last_B1D, caches = carry
+        x_BTD, caches = _prefill_piece(model, part_BT, number * piece, lengths_B, caches)
+        at_B = lengths_B - 1 - number * piece
+        here_BTD = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1, mode="clip")
+        inside_B = (at_B >= 0) & (at_B < piece)
+        return (jnp.where(inside_B[:, None, None], here_BTD, last_B1D), caches), None
+
+    parts = tokens_BT.reshape(B, -1, min(piece, T)).swapaxes(0, 1)
+    (last_B1D, caches), _ = jax.lax.scan(read, (last_B1D, caches), (jnp.arange(len(parts)), parts))
+    return _logits(model, last_B1D), caches
+
+
+def _prefill_piece(
+    model: Transformer, tokens_BT: Int[Array, "B T"], start, lengths_B: Int[Array, "B"], caches: Caches
+) -> tuple[Float[Array, "B T D"], Caches]:
+    """Tokens of positions from `start`, a chunk's first, through the layers. Local layers see what is here; global ones
+    what the caches hold of before, too."""
+    T = tokens_BT.shape[1]
+    row_BT = start + jnp.broadcast_to(jnp.arange(T), tokens_BT.shape)
     segment_ids_BT = (row_BT < lengths_B[:, None]).astype(jnp.int32)
 
-    def attend(attention, q_BTNH, k_BTKH, v_BTKH, cache, block):
-        out_BTNH = attention.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, PORTABLE)
-        # The slots belong to the chunk that the next position lies in; those not reached yet hold anything.
+    def attend(layer, q_BTNH, k_BTKH, v_BTKH, cache, block):
         slots = cache.k.shape[2]
-        position_BS = (lengths_B // slots * slots)[:, None] + jnp.arange(slots)[None, :]
+        if not layer.local:
+            cache = Cache(*(
+                jax.lax.dynamic_update_slice(c, x[None], (block, 0, start, 0, 0))
+                for c, x in zip(cache, (k_BTKH, v_BTKH), strict=True)
+            ))  # fmt: skip
+            seen_BS = (jnp.arange(slots)[None, :] < lengths_B[:, None]).astype(jnp.int32)
+            out_BTNH = attention(
+                q_BTNH, cache.k[block], cache.v[block], segment_ids_BT, seen_BS, row_BT[0], backend=PORTABLE.attention
+            )
+            return out_BTNH, cache
+        out_BTNH = layer.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, PORTABLE)
+        # The slots belong to the chunk that the next position lies in; those not reached yet hold anything.
+        position_BS = (lengths_B // slots * slots)[:, None] + jnp.arange(slots)[None, :] - start
+        here_BS = (position_BS >= 0) & (position_BS < T)
 
         def keep(slots_LBSKH, x_BTKH):
             x_BSKH = jnp.take_along_axis(x_BTKH, position_BS[:, :, None, None], axis=1, mode="clip")
+            x_BSKH = jnp.where(here_BS[:, :, None, None], x_BSKH, slots_LBSKH[block])
             return slots_LBSKH.at[block].set(x_BSKH)
 
         return out_BTNH, Cache(keep(cache.k, k_BTKH), keep(cache.v, v_BTKH))
 
-    caches = empty_caches(model.cfg, B, max_length, model.embedding.table_VD[...].dtype)
-    x_BTD, caches = _forward(model, tokens_BT, row_BT, segment_ids_BT, caches, attend)
-    return _logits(model, jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)), caches
+    return _forward(model, tokens_BT, row_BT, segment_ids_BT, caches, attend)
 
 
 def decode(
@@ -169,8 +218,8 @@ NONE = -1
 """What rows hold in place of a token once they have stopped."""
 
 
-@partial(jax.jit, static_argnames=("graphdef", "room"))
-def _generate(graphdef, state, tokens_BT, lengths_B, room, max_new_tokens, temperature, top_p, key, eos_ids):
+@partial(jax.jit, static_argnames=("graphdef", "room", "piece"))
+def _generate(graphdef, state, tokens_BT, lengths_B, room, max_new_tokens, temperature, top_p, key, eos_ids, piece):
     """New tokens [B, room], `NONE` behind a row's end. All but shapes and `room` may change without compiling."""
     model: Transformer = nnx.merge(graphdef, state)
     B, T = tokens_BT.shape
@@ -190,7 +239,7 @@ def _generate(graphdef, state, tokens_BT, lengths_B, room, max_new_tokens, tempe
         tokens_B, new_BN, done_B = emit(logits_BV, step, new_BN, done_B)
         return step + 1, tokens_B, caches, new_BN, done_B
 
-    logits_BV, caches = prefill(model, tokens_BT, lengths_B, T + room)
+    logits_BV, caches = prefill(model, tokens_BT, lengths_B, T + room, piece)
     first = emit(logits_BV, 0, jnp.full((B, room), NONE, jnp.int32), jnp.zeros(B, bool))
     *_, new_BN, _ = jax.lax.while_loop(going_on, body, (jnp.int32(1), first[0], caches, *first[1:]))
     return new_BN
@@ -212,6 +261,7 @@ def generate(
     top_p: float = 0.9,
     key: jax.Array | None = None,
     eos_ids: Sequence[int] = (),
+    piece: int | None = None,
     execution: Execution = Execution(),  # noqa: B008 (frozen)
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens; returns the new tokens, an end token included.
@@ -220,13 +270,16 @@ def generate(
     `temperature`, `top_p`: see `sample`; the defaults are those published with Llama 4. Temperature 0 is greedy.
     `key`: `jax.random.key(seed)`; the same key, prompts and weights give the same text. Greedy decoding needs none.
     `eos_ids`: a row ends with the first of these it produces.
+    `piece`: prompts are read so many tokens at a time, rounded to whole chunks; by default at least a chunk and 8192.
 
     Compiles once for each batch size and bucket of lengths (`bucket`). Raises ValueError for an empty batch or
     prompt, ids outside the vocabulary, and settings outside their range.
     """
     _check(model.cfg.vocab_size, prompts, max_new_tokens, temperature, top_p, key, eos_ids)
-    lengths = [len(prompt) for prompt in prompts]
-    tokens_BT = np.zeros((len(prompts), bucket(max(lengths), model.cfg.chunk)), np.int32)
+    lengths, chunk = [len(prompt) for prompt in prompts], model.cfg.chunk
+    width, piece = bucket(max(lengths), chunk), max(chunk, (piece or max(chunk, 8192)) // chunk * chunk)
+    width = width if width <= piece else -(-width // piece) * piece
+    tokens_BT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     graphdef, state = nnx.split(execution.fetch_module(model))
@@ -234,6 +287,7 @@ def generate(
         graphdef, state, jnp.asarray(tokens_BT), jnp.asarray(lengths, jnp.int32),
         bucket(max_new_tokens, model.cfg.chunk), jnp.int32(max_new_tokens), jnp.float32(temperature),
         jnp.float32(top_p), jax.random.key(0) if key is None else key, jnp.asarray(eos_ids, jnp.int32),
+        min(piece, width),
     )  # fmt: skip
     return [[int(token) for token in row if token != NONE] for row in np.asarray(new_BN)]
 

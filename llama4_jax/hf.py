@@ -47,6 +47,12 @@ MOE = (
     ("ffn.experts.wi_gate_EDF + ffn.experts.wi_up_EDF", "feed_forward.experts.gate_up_proj", "E D F"),
     ("ffn.experts.wo_EFD", "feed_forward.experts.down_proj", "E F D"),
 )
+# In place of the two rows of fused experts, in quantised releases: {e} is the expert, one of ours a tensor of theirs.
+EXPERT = (
+    ("ffn.experts.wi_gate_EDF", "feed_forward.experts.{e}.gate_proj.weight", "F D"),
+    ("ffn.experts.wi_up_EDF", "feed_forward.experts.{e}.up_proj.weight", "F D"),
+    ("ffn.experts.wo_EFD", "feed_forward.experts.{e}.down_proj.weight", "D F"),
+)
 
 TEXT_PREFIX = "language_model."
 """In front of every name of the text part in a checkpoint of the whole model."""
@@ -73,11 +79,18 @@ class Tensor:
     """Hugging Face's dimensions, each the letters it joins."""
     sizes: Mapping[str, int] = field(repr=False)
     """Size of each letter."""
+    expert: int | None = None
+    """The one expert of ours that it holds; None where it holds all, or none."""
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        """Where in our stacked weight it stands."""
+        return tuple(i for i in (self.block, self.expert) if i is not None)
 
     @property
     def letters(self) -> str:
-        """Our layout of one layer's weight."""
-        return str(self.paths[0][-1]).rsplit("_", 1)[1]
+        """Our layout of what stands there."""
+        return str(self.paths[0][-1]).rsplit("_", 1)[1][0 if self.expert is None else 1 :]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,13 +100,30 @@ class Tensor:
 
     @property
     def our_shape(self) -> tuple[int, ...]:
-        """Shape of one layer's weight of ours."""
+        """Shape of ours."""
         return tuple(self.sizes[letter] for letter in self.letters)
 
-    @property
-    def same_rows(self) -> bool:
-        """Whether the first dimension is the same on both sides, so that a slice of it can be read alone."""
-        return len(self.groups) > 1 and self.groups[0] == self.letters[0]
+    def theirs(self, ranges: Mapping[str, tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        """For each of our weights, the box of their tensor that holds these (first, last) of our letters.
+
+        A letter that is missing is whole; one behind another in a group must be.
+        """
+        box: list[tuple[int, int]] = []
+        for group in self.groups:
+            inner = math.prod(self.sizes[letter] for letter in group[1:])
+            first, last = ranges.get(group[0], (0, self.sizes[group[0]]))
+            box.append((first * inner, last * inner))
+        width = self.shape[-1] // len(self.paths)
+        return [[*box[:-1], (i * width + box[-1][0], i * width + box[-1][1])] for i in range(len(self.paths))]
+
+    def ours(self, theirs: np.ndarray) -> np.ndarray:
+        """A box of their tensor that belongs to one of our weights (`theirs`) -> that weight's (a view)."""
+        sizes: list[int] = []
+        for n, group in zip(theirs.shape, self.groups, strict=True):
+            rest = [self.sizes[letter] for letter in group[1:]]
+            sizes += [n // math.prod(rest), *rest]
+        layout = "".join(self.groups)
+        return theirs.reshape(sizes).transpose([layout.index(letter) for letter in self.letters])
 
     def to_hf(self, *ours: np.ndarray) -> np.ndarray:
         """One layer's weights of ours -> Hugging Face's tensor."""
@@ -103,36 +133,35 @@ class Tensor:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
     def from_hf(self, theirs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Hugging Face's tensor, or where `same_rows` some rows of it, -> one layer's weights of ours (views)."""
-        layout = "".join(self.groups)
-        order = [layout.index(letter) for letter in self.letters]
-
-        def ours(x: np.ndarray) -> np.ndarray:
-            sizes: list[int] = []
-            for n, group in zip(x.shape, self.groups, strict=True):
-                sizes += [n] if len(group) == 1 else [self.sizes[letter] for letter in group]
-            return x.reshape(sizes).transpose(order)
-
-        return tuple(ours(x) for x in np.split(theirs, len(self.paths), axis=-1))
+        """Hugging Face's tensor -> one layer's weights of ours (views)."""
+        return tuple(self.ours(x) for x in np.split(theirs, len(self.paths), axis=-1))
 
 
-def tensors(cfg: ModelConfig, prefix: str = "") -> Iterator[Tensor]:
-    """Every tensor of Hugging Face's text model, in the order of the forward pass."""
+def tensors(cfg: ModelConfig, prefix: str = "", per_expert: bool = False) -> Iterator[Tensor]:
+    """Every tensor of Hugging Face's text model, in the order of the forward pass; `per_expert`: as `EXPERT` has it."""
     shapes = {path: p.get_value().shape for path, p in nnx.to_flat_state(nnx.split(abstract(cfg))[1])}
+    moe = (*MOE[:-2], *EXPERT) if per_expert else MOE
 
-    def tensor(row: tuple[str, str, str], ours: Path, theirs: str, block: int | None) -> Tensor:
+    def tensor(
+        row: tuple[str, str, str], ours: Path, theirs: str, block: int | None, expert: int | None = None
+    ) -> Tensor:
         weights, name, layout = row
         paths = tuple((*ours, *weight.split(".")) for weight in weights.split(" + "))
         shape = shapes[paths[0]] if block is None else shapes[paths[0]][1:]
         sizes = dict(zip(str(paths[0][-1]).rsplit("_", 1)[1], shape, strict=True))
-        return Tensor(f"{prefix}{theirs}{name}", paths, block, tuple(layout.split()), sizes)
+        name = f"{prefix}{theirs}{name.format(e=expert)}"
+        return Tensor(name, paths, block, tuple(layout.split()), sizes, expert)
 
     embedding, final_norm, unembedding = TOP
     yield tensor(embedding, (), "", None)
     for layer in range(cfg.num_layers):
         block, i = divmod(layer, cfg.period)
-        for row in LAYER + (MOE if cfg.pattern[i].moe else DENSE):
-            yield tensor(row, ("blocks", "layers", i), f"model.layers.{layer}.", block)
+        for row in LAYER + (moe if cfg.pattern[i].moe else DENSE):
+            if "{e}" not in row[1]:
+                yield tensor(row, ("blocks", "layers", i), f"model.layers.{layer}.", block)
+        for expert in range(cfg.num_experts if per_expert and cfg.pattern[i].moe else 0):
+            for row in EXPERT:
+                yield tensor(row, ("blocks", "layers", i), f"model.layers.{layer}.", block, expert)
     yield tensor(final_norm, (), "", None)
     yield tensor(unembedding, (), "", None)
 
@@ -168,8 +197,9 @@ FIXED = {  # what the model does in one way only
     "mlp_bias": False,
     "router_jitter_noise": 0.0,
     "tie_word_embeddings": False,
-    "quantization_config": None,
 }
+QUANT_METHOD = "compressed-tensors"
+"""The one form of quantised weights that is read and written (`training/quantised.py`)."""
 PATTERN = frozenset({"moe_layers", "interleave_moe_layer_step", "no_rope_layers", "no_rope_layer_interval",
                      "layer_types", "rope_theta", "rope_scaling", "rope_parameters"})  # fmt: skip
 # What does not change the forward pass.
@@ -248,7 +278,10 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _check_known(config: Mapping[str, Any], known: AbstractSet[str]) -> None:
     for name, value in config.items():
-        if name in FIXED:
+        if name == "quantization_config":
+            if value is not None and not (isinstance(value, dict) and value.get("quant_method") == QUANT_METHOD):
+                raise ValueError(f"config.json: {name} = {value!r} is not supported, only null and {QUANT_METHOD}'s")
+        elif name in FIXED:
             if value != FIXED[name]:
                 raise ValueError(f"config.json: {name} = {value!r} is not supported, only {FIXED[name]!r}")
         elif name not in known and name not in IGNORED:

@@ -51,7 +51,7 @@ def ours(folder: str) -> tuple[float, Callable[[], Any], dict[str, Any]]:
     import jax
 
     from training.bench import synthetic_batches
-    from training.export import save_hf
+    from training.export_params import save_hf
     from training.loop import put_local
     from training.mesh import make_mesh
     from training.state import create_state, execution

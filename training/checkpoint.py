@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -35,6 +36,12 @@ from training.goodput import spent
 from training.mesh import shardings
 from training.state import TrainState, execution
 
+CHUNK_BYTES = 2**26
+"""What a stored chunk may have at most, so that whoever reads a slice needs little memory."""
+WEIGHTS_ALONE = {}
+"""The position in the data of a checkpoint that an import wrote: weights, in any dtype that goes into fp32 exactly, and
+nothing else of the state."""
+FLOATS = ("bfloat16", "float16")
 RESUMABLE = ("name", "out", "mesh", "train.steps", "train.log_every", "train.eval_every", "train.eval_batches",
              "train.checkpoint_every", "train.checkpoint_keep", "train.checkpoint_keep_every", "safety")  # fmt: skip
 """Config fields that a resumed run may change freely; of a learner all but its model, too."""
@@ -172,7 +179,10 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(
                 {name: _value(leaf) for name, leaf in named.items()},
-                save_args={name: ocp.SaveArgs(shard_axes=chunked_axes(leaf)) for name, leaf in named.items()},
+                save_args={
+                    name: ocp.SaveArgs(shard_axes=chunked_axes(leaf), chunk_byte_size=CHUNK_BYTES)
+                    for name, leaf in named.items()
+                },
             ),
             data=ocp.args.JsonSave(dict(position)),
             run=ocp.args.JsonSave(dict(record)),
@@ -249,8 +259,13 @@ class Checkpoints:
         named = named_leaves(like, prefix)
         wanted = {name: _value(leaf) for name, leaf in named.items()}
         stored = {name: of for name, of in self.shapes(step).items() if name.startswith(prefix)}
-        _check_leaves(wanted, stored, f"{self.folder}/{step}")
-        arrays = self.arrays(step, wanted)
+        alone = self.place(step) == WEIGHTS_ALONE
+        # Optimizers and running means begin at zero (tests/training/test_import_run.py).
+        fresh = {n: x for n, x in wanted.items() if n not in stored and alone and ".params." not in n}
+        there = {n: x for n, x in wanted.items() if n not in fresh}
+        _check_leaves(there, stored, f"{self.folder}/{step}", alone)
+        arrays = self.arrays(step, there)
+        arrays |= {name: jnp.zeros(x.shape, x.dtype, device=x.sharding) for name, x in fresh.items()}
         leaves = [
             leaf.replace(arrays[name]) if is_variable(leaf) else arrays[name] for name, leaf in named.items()
         ]  # fmt: skip
@@ -307,14 +322,15 @@ def _value(leaf: Any) -> Any:
     return leaf.get_value() if is_variable(leaf) else leaf
 
 
-def _check_leaves(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:
+def _check_leaves(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: str, any_float: bool = False) -> None:
     if missing := sorted(set(wanted) - set(stored)):
         raise ValueError(f"checkpoint {where} lacks {missing[0]} ({len(missing)} of {len(wanted)} arrays missing)")
     if extra := sorted(set(stored) - set(wanted)):
         raise ValueError(f"checkpoint {where} holds {extra[0]}, which this run has not ({len(extra)} such arrays)")
     for name, x in wanted.items():
         have = stored[name]
-        if tuple(have.shape) != x.shape or have.dtype != x.dtype:
+        exact = have.dtype == x.dtype or (any_float and x.dtype == np.float32 and str(have.dtype) in FLOATS)
+        if tuple(have.shape) != x.shape or not exact:
             raise ValueError(
                 f"checkpoint {where}: {name} is {have.dtype}{list(have.shape)}, this run needs {x.dtype}{list(x.shape)}"
             )

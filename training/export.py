@@ -1,108 +1,407 @@
-"""Between weights and folders in Hugging Face's format: streamed export and checked import.
+"""A run's checkpoint as a folder in Hugging Face's format, streamed.
 
-A folder holds `config.json`, shards in the safetensors format and `model.safetensors.index.json`. Format of a shard:
-the header's length (8 bytes, little-endian), the header (JSON: dtype, shape and byte range of every tensor), the
-tensors' bytes one behind the other (https://github.com/huggingface/safetensors#format). It is read and written here
-a tensor at a time, because a model need not fit into the host's memory.
+A checkpoint of any size goes out in bounded memory: slices are read from its arrays, turned into Hugging Face's
+layout, and written to their places in shards that were laid out before. Each tensor is written from its first byte to
+its last by one thread, which takes its digest on the way. Index, manifest and configuration come last, and a local
+folder gets its name only then.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
+import tensorstore as ts
 from etils import epath
-from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from data.tokenizer import Tokenizer
 from llama4_jax import hf
 from llama4_jax.config import ModelConfig
-from llama4_jax.text import abstract
+from training import model_folder, quantised
+from training.checkpoint_arrays import Arrays, array_name, pieces
+from training.safetensors_header import ALL_DTYPES, DTYPES, header_bytes
+from training.transfer import Budget, Journal, Progress, check_space, read_journal, run_all, workplace
 
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-"""What weights may be stored as, by the format's names; all of them go into fp32 exactly."""
 CODES = {"float32": "F32", "bfloat16": "BF16"}
 """What weights can be exported as."""
-INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 SHARD_BYTES = 5_000_000_000
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_MEMORY = 2_000_000_000
+PIECE_BYTES = 2**26
+"""What a piece should have in the shard."""
+
+Shards = dict[str, list["Output"]]
 
 
-# --- export --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Output:
+    """A tensor of the folder."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ALL_DTYPES[self.code].itemsize
 
 
-def save_hf(
-    params: nnx.State,
-    cfg: ModelConfig,
+@dataclass(frozen=True)
+class Job:
+    """What becomes of a tensor: one of the same name, or the parts of a quantised one."""
+
+    tensor: hf.Tensor
+    outputs: tuple[Output, ...]
+    dtype: np.dtype  # in which its slices are read
+    convert: Callable[[np.ndarray], Sequence[np.ndarray]] = field(default=lambda x: (x,), repr=False)
+    """A slice in their layout -> the next bytes of each output."""
+    constant: tuple[np.ndarray, ...] = field(default=(), repr=False)
+    """All of the outputs behind those."""
+
+
+# --- from a checkpoint ---------------------------------------------------------------------------------------------
+
+
+def export_run(
+    arrays: Arrays,
     folder: epath.PathLike,
     *,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
-    tokenizer: Tokenizer | None = None,
+    quant: quantised.Scheme | None = None,
+    about: model_folder.About,
+    max_memory: int = MAX_MEMORY,
+    threads: int = 4,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write `params` (the state of a `Transformer(cfg)`) as a folder that transformers loads as Llama4ForCausalLM.
+    log: Callable[[str], object] | None = None,
+) -> dict[str, Any]:
+    """Write a run's checkpoint as a folder that transformers loads as Llama4ForCausalLM; returns its manifest.
 
-    One tensor of theirs is in host memory at a time. `config.json` and the index are written last, on a local disk
-    into a folder beside `folder` that is then renamed: what an interrupted export leaves never looks complete.
-    Every process of a multi-host run calls this; the first one writes. Raises ValueError if `folder` holds anything
-    already, if the weights are not those of `cfg`, or if a router has a bias that is not 0.
+    `max_memory` bounds the bytes of this process in memory. Every process of a job of several calls this, with a folder
+    that all of them see, and writes its share. What a kill leaves is gone on with by the same call; on an object store,
+    shard by shard. Raises ValueError if `folder` holds anything already, if the checkpoint's arrays are not those of
+    its configuration, if a router has a bias that is not 0, and if memory or disk do not suffice.
     """
     folder = epath.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already and is not an empty folder: name a new one for the export")
-    table = list(hf.tensors(cfg))
-    weights = _weights(_without_bias(params, cfg), table)
-    shards = _plan_shards(table, DTYPES[CODES[dtype]].itemsize, shard_bytes)
-    multihost_utils.sync_global_devices(f"save_hf checked {folder}")  # before the first process creates anything
-    writes = jax.process_index() == 0
-    # Object stores have no rename; there the missing config and index alone mark what is not complete.
-    work = folder if "://" in os.fspath(folder) else folder.with_name(f".{folder.name}.partial")
-    if writes:
-        if work.exists():
-            work.rmtree()
-        work.mkdir(parents=True)
-    for file, shard in shards.items():
-        arrays = (
-            t.to_hf(*(_on_host(weights[path], t.block).astype(DTYPES[CODES[dtype]]) for path in t.paths)) for t in shard
-        )
-        with (work / file).open("wb") if writes else nullcontext() as f:
-            if f is not None:
-                f.write(_header(shard, dtype))
-            for array in arrays:  # every process takes part in gathering
-                if f is not None:
-                    f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    if writes:
-        _write_meta(work, cfg, shards, dtype, tokenizer)
-        if work != folder:
-            work.rename(folder)
-    multihost_utils.sync_global_devices(f"save_hf wrote {folder}")
+    check_new(folder)
+    budget = Budget(max_memory)
+    _check_bias_stored(arrays)
+    jobs = plan_jobs(arrays.model, dtype, quant)
+    plan = _Plan(arrays, jobs, plan_shards([o for job in jobs for o in job.outputs], shard_bytes), budget, threads)
+    plan.check()
+    local = "://" not in os.fspath(folder)
+    work = folder.with_name(f".{folder.name}.partial") if local else folder
+    identity = dict(source=arrays.identity(), learner=arrays.learner, dtype=dtype, shard_bytes=shard_bytes,
+                    quant=quant and quant.name, jobs=len(jobs))  # fmt: skip
+    first = jax.process_index() == 0
+    with ExitStack() as stack:
+        if local and first:
+            stack.enter_context(workplace(work, identity))
+            if not list(work.glob("*.safetensors")):
+                check_space(folder, sum(o.nbytes for some in plan.shards.values() for o in some))
+            for file in plan.shards:
+                _lay_out(work / file, plan.shards[file])
+        _sync(f"export laid out {folder}")
+        digests = _local(plan, work, log) if local else _remote(plan, work, identity, log)
+        _sync(f"export wrote {folder}")
+        if first:
+            if local:
+                for journal in work.glob("journal-*.jsonl"):
+                    digests |= {o: d for e in read_journal(journal).values() for o, d in e.get("sha256", {}).items()}
+            digests = {o.name: digests[o.name] for some in plan.shards.values() for o in some}  # in their order
+            manifest = _manifest(arrays, digests, identity, dtype, quant)
+            index = {file: [(o.name, o.code, o.shape) for o in some] for file, some in plan.shards.items()}
+            model_folder.write(work, arrays.model, index, dtype, about, manifest, quant)
+            if local:
+                for leftover in [*work.glob("journal-*.jsonl"), work / "plan.json"]:
+                    leftover.unlink()
+                work.rename(folder)
+            else:
+                (work / ".journal").rmtree()
+        _sync(f"export named {folder}")
+    return json.loads((folder / model_folder.MANIFEST).read_text())
 
 
-def _without_bias(params: nnx.State, cfg: ModelConfig) -> nnx.State:
-    """The weights that Hugging Face's model has; ValueError if the ones it has not change anything."""
-    if not cfg.router_bias:
-        return params
-    kept, largest = [], {}
-    for path, p in nnx.to_flat_state(params):
-        if path[-1] == hf.ROUTER_BIAS:
-            i: Any = path[2]  # of the layer, within a block
-            by_block = np.abs(_on_host(p.get_value(), None)).max(axis=1)
-            largest |= {block * cfg.period + i: float(b) for block, b in enumerate(by_block)}
+def plan_jobs(cfg: ModelConfig, dtype: str, quant: quantised.Scheme | None) -> list[Job]:
+    """Every tensor of the model, with what becomes of it."""
+    jobs = []
+    for t in hf.tensors(cfg, per_expert=quant is not None):
+        if quant is not None and quantised.applies(t.name):
+            outputs = tuple(Output(*o) for o in quant.outputs(t.name, t.shape))
+            constant = (np.array(t.shape, np.int64),) * (len(outputs) - 2)
+            jobs.append(Job(t, outputs, np.dtype(np.float32), quant.quantise, constant))
         else:
-            kept.append((path, p))
+            jobs.append(Job(t, (Output(t.name, CODES[dtype], t.shape),), DTYPES[CODES[dtype]]))
+    return jobs
+
+
+def plan_shards(outputs: Sequence[Output], shard_bytes: int) -> Shards:
+    """Tensors in order, cut into files of at most `shard_bytes` (or of one tensor that is larger)."""
+    shards: list[list[Output]] = []
+    room = -1
+    for o in outputs:
+        if o.nbytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(o)
+        room -= o.nbytes
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+class _Plan:
+    """What is read, in which pieces, and where it goes."""
+
+    def __init__(self, arrays: Arrays, jobs: list[Job], shards: Shards, budget: Budget, threads: int):
+        self.arrays, self.jobs, self.shards, self.budget, self.threads = arrays, jobs, shards, budget, threads
+        self.share = budget.total // threads
+        self.place: dict[str, tuple[str, int]] = {}
+        for file, some in shards.items():
+            offset = len(shard_header(some))
+            for o in some:
+                self.place[o.name] = (file, offset)
+                offset += o.nbytes
+
+    def mine(self, weighed: Sequence[tuple[Any, int]]) -> list[Any]:
+        """This process's part of things with weights."""
+        loads = [0] * jax.process_count()
+        kept = []
+        for thing, weight in sorted(weighed, key=lambda one: -one[1]):
+            process = loads.index(min(loads))
+            loads[process] += weight
+            kept += [thing] if process == jax.process_index() else []
+        order = {id(thing): i for i, (thing, _) in enumerate(weighed)}
+        return sorted(kept, key=lambda thing: order[id(thing)])
+
+    def chunk(self, t: hf.Tensor) -> dict[str, int]:
+        """Of a stored chunk in each of our letters."""
+        shape = self.arrays.chunk(t.paths[0])
+        return dict(zip(t.letters, shape[len(t.index) :], strict=True))
+
+    def pieces(self, job: Job) -> list[dict[str, tuple[int, int]]]:
+        room = min(PIECE_BYTES, self.share // 4) // job.dtype.itemsize
+        if len(job.outputs) > 1:  # scales and packed numbers need whole groups, which whole rows have
+            room //= 4
+        return list(pieces(job.tensor, self.chunk(job.tensor), room))
+
+    def cost(self, job: Job, ranges: dict[str, tuple[int, int]]) -> int:
+        """Bytes in memory while a piece is made: itself, and chunks as they lie in the file and read."""
+        t = job.tensor
+        box = t.theirs(ranges)[0]
+        size = math.prod(b - a for a, b in box) * len(t.paths) * job.dtype.itemsize
+        factor = 1 if len(job.outputs) == 1 else 4
+        return factor * size + 2 * max(self._sub_bytes(), self._chunk_bytes(t))
+
+    def _sub_bytes(self) -> int:
+        return min(PIECE_BYTES, self.share // 4)
+
+    def _chunk_bytes(self, t: hf.Tensor) -> int:
+        return math.prod(self.arrays.chunk(t.paths[0])) * self.arrays.array(t.paths[0]).dtype.numpy_dtype.itemsize
+
+    def check(self) -> None:
+        """ValueError for arrays that are not there, and chunks that cannot be read slice by slice."""
+        for job in self.jobs:
+            t = job.tensor
+            for path in t.paths:
+                name, chunk = array_name(self.arrays.learner, path), self.arrays.chunk(path)
+                if math.prod(chunk[: len(t.index)]) > 1 and self._chunk_bytes(t) > PIECE_BYTES:
+                    raise ValueError(
+                        f"{name} is stored in chunks of {list(chunk)}, {self._chunk_bytes(t) / 1e9:.1f} GB, each of "
+                        "several layers or experts: save the run again with this version, which cuts them apart"
+                    )
+            self.budget.check(max(map(partial(self.cost, job), self.pieces(job))), job.tensor.name)
+
+    def read(self, job: Job, ranges: dict[str, tuple[int, int]]) -> np.ndarray:
+        """A piece, in their layout."""
+        t = job.tensor
+        box = t.theirs(ranges)[0]
+        width = box[-1][1] - box[-1][0]
+        out = np.empty([*(b - a for a, b in box[:-1]), width * len(t.paths)], job.dtype)
+        chunk = self.chunk(t)
+        for i, path in enumerate(t.paths):
+            view = t.ours(out[..., i * width : (i + 1) * width])
+            array = self.arrays.array(path)
+            source = (array if array.dtype.numpy_dtype == job.dtype else ts.cast(array, ts.dtype(job.dtype)))[t.index]
+            itemsize = array.dtype.numpy_dtype.itemsize
+            for sub in _boxes(t, ranges, chunk, self._sub_bytes() // itemsize):
+                here = tuple(slice(a - ranges.get(c, (0, 0))[0], b - ranges.get(c, (0, 0))[0]) for c, (a, b) in sub)
+                there = source[tuple(slice(a, b) for _, (a, b) in sub)][ts.d[:].translate_to[0]]
+                ts.array(view[here], dtype=ts.dtype(job.dtype), copy=False, write=True).write(there).result()
+        return out
+
+
+def _boxes(
+    t: hf.Tensor, ranges: dict[str, tuple[int, int]], chunk: dict[str, int], most: int
+) -> Iterator[list[tuple[str, tuple[int, int]]]]:
+    """A piece in boxes of whole chunks, of `most` elements if a chunk has not more."""
+    spans = {c: ranges.get(c, (0, t.sizes[c])) for c in t.letters}
+    step = {c: min(chunk[c], b - a) for c, (a, b) in spans.items()}
+    for c in reversed(t.letters):
+        a, b = spans[c]
+        grow = min(-(-(b - a) // step[c]), max(1, most // math.prod(step.values())))
+        step[c] *= grow
+    steps = [[(c, (i, min(i + step[c], b))) for i in range(a, b, step[c])] for c, (a, b) in spans.items()]
+    yield from map(list, itertools.product(*steps))
+
+
+def _local(plan: _Plan, work: epath.Path, log: Callable[[str], object] | None) -> dict[str, str]:
+    """This process's tensors into the shards laid out in a local folder; their digests go into its journal."""
+    mine = plan.mine([(job, sum(o.nbytes for o in job.outputs)) for job in plan.jobs])
+    files = {file: os.open(work / file, os.O_RDWR) for file in {plan.place[o.name][0] for j in mine for o in j.outputs}}
+    journal = Journal(work / f"journal-{jax.process_index()}.jsonl", lambda: [os.fdatasync(f) for f in files.values()])  # pyright: ignore
+    total = sum(o.nbytes for job in mine for o in job.outputs)
+    progress = Progress("export", total, sum(sum(e["bytes"]) for e in journal.done.values()), log)
+
+    def write(job: Job) -> None:
+        before = journal.done.get(job.tensor.name, {"pieces": 0, "bytes": [0] * len(job.outputs)})
+        if "sha256" in before:
+            return
+        written, hashes = list(before["bytes"]), [sha256() for _ in job.outputs]
+        places = [(files[plan.place[o.name][0]], plan.place[o.name][1]) for o in job.outputs]
+        for found, (fd, start), nbytes in zip(hashes, places, written, strict=True):
+            _hash_again(found, fd, start, nbytes)
+        todo = plan.pieces(job)
+        for number, ranges in list(enumerate(todo, 1))[before["pieces"] :]:
+            with plan.budget.hold(plan.cost(job, ranges)):
+                size = 0
+                parts = [*job.convert(plan.read(job, ranges)), *(job.constant if number == len(todo) else ())]
+                for i, part in enumerate(parts):
+                    data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+                    hashes[i].update(data)
+                    _pwrite(places[i][0], data, places[i][1] + written[i])
+                    written[i] += len(data)
+                    size += len(data)
+                del parts, part, data
+            progress.add(size)
+            last = number == len(todo)
+            digests = {o.name: h.hexdigest() for o, h in zip(job.outputs, hashes, strict=True)} if last else None
+            entry = dict(pieces=number, bytes=list(written)) | (dict(sha256=digests) if digests else {})
+            journal.add(job.tensor.name, size, **entry)
+
+    try:
+        run_all([partial(write, job) for job in mine], plan.threads)
+        journal.flush()
+    finally:
+        for fd in files.values():
+            os.close(fd)
+        progress.close()
+    return {}
+
+
+def _hash_again(found: Any, fd: int, start: int, nbytes: int) -> None:
+    """Take in what was written before."""
+    while nbytes:
+        data = os.pread(fd, min(nbytes, 2**24), start)
+        found.update(data)
+        start, nbytes = start + len(data), nbytes - len(data)
+
+
+def _pwrite(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done : done + 2**30], offset + done)
+
+
+def _lay_out(file: epath.Path, outputs: Sequence[Output]) -> None:
+    """A shard's header, and room for its tensors; one that is there already is left alone."""
+    header = shard_header(outputs)
+    size = len(header) + sum(o.nbytes for o in outputs)
+    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if os.fstat(fd).st_size != size:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, size)
+            os.ftruncate(fd, size)
+        os.pwrite(fd, header, 0)
+    finally:
+        os.close(fd)
+
+
+def _remote(
+    plan: _Plan, folder: epath.Path, identity: dict[str, Any], log: Callable[[str], object] | None
+) -> dict[str, str]:
+    """This process's shards onto an object store, each as one stream; a shard that is done is noted beside."""
+    notes, text = folder / ".journal", json.dumps(identity, sort_keys=True)
+    by_file: dict[str, list[Job]] = {file: [] for file in plan.shards}
+    for job in plan.jobs:
+        for file in {plan.place[o.name][0] for o in job.outputs}:
+            by_file[file].append(job)
+    mine = plan.mine([(file, sum(o.nbytes for o in some)) for file, some in plan.shards.items()])
+    progress = Progress("export", sum(o.nbytes for file in mine for o in plan.shards[file]), 0, log)
+
+    def write(file: str) -> None:
+        note = notes / f"{file}.json"
+        if note.exists() and json.loads(note.read_text())["plan"] == text:
+            return
+        digests: dict[str, str] = {}
+        with (folder / file).open("wb") as f:
+            f.write(shard_header(plan.shards[file]))
+            for job in by_file[file]:
+                wanted = [plan.place[o.name][0] == file for o in job.outputs]
+                hashes, behind = [sha256() for _ in job.outputs], [[] for _ in job.outputs]
+                direct = wanted.index(True)  # the others, which are small, wait
+                for number, ranges in enumerate(todo := plan.pieces(job), 1):
+                    with plan.budget.hold(plan.cost(job, ranges)):
+                        parts = [*job.convert(plan.read(job, ranges)), *(job.constant if number == len(todo) else ())]
+                        for i, part in enumerate(parts):
+                            data = np.ascontiguousarray(part).tobytes() if wanted[i] else b""
+                            hashes[i].update(data)
+                            f.write(data) if i == direct else behind[i].append(data)
+                            progress.add(len(data))
+                for some in behind:
+                    f.write(b"".join(some))
+                digests |= {o.name: h.hexdigest() for o, h, w in zip(job.outputs, hashes, wanted, strict=True) if w}
+        notes.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps({"plan": text, "sha256": digests}))
+
+    run_all([partial(write, file) for file in mine], plan.threads)
+    progress.close()
+    _sync(f"export wrote the shards of {folder}")
+    return {k: v for file in plan.shards for k, v in json.loads((notes / f"{file}.json").read_text())["sha256"].items()}
+
+
+def _manifest(
+    arrays: Arrays, digests: dict[str, str], identity: dict[str, Any], dtype: str, quant: quantised.Scheme | None
+) -> dict[str, Any]:
+    source = dict(run=arrays.config.name, folder=os.fspath(arrays.folder), step=arrays.step, learner=arrays.learner,
+                  index_sha256=identity["source"])  # fmt: skip
+    return dict(format=1, source=source, dtype=dtype, quantisation=quant and quant.name, sha256=digests)
+
+
+def shard_header(outputs: Sequence[Output]) -> bytes:
+    return header_bytes((o.name, o.code, o.shape) for o in outputs)
+
+
+def check_new(folder: epath.Path) -> None:
+    taken = folder.exists() and (not folder.is_dir() or any(p.name != ".journal" for p in folder.iterdir()))
+    if taken and not ("://" in os.fspath(folder) and not (folder / model_folder.CONFIG).exists()):
+        raise ValueError(f"{folder} exists already and is not an empty folder: name a new one for the export")
+
+
+def _sync(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _check_bias_stored(arrays: Arrays) -> None:
+    if arrays.model.router_bias:
+        paths = [path for path in arrays.shapes if path[-1] == hf.ROUTER_BIAS]
+        check_bias({path: np.asarray(arrays.array(path).read().result()) for path in paths}, arrays.model)
+
+
+def check_bias(biases: dict[hf.Path, np.ndarray], cfg: ModelConfig) -> None:
+    """ValueError if a weight that Hugging Face's model has not changes anything."""
+    largest: dict[int, float] = {}
+    for path, bias_LE in biases.items():
+        i: Any = path[2]  # of the layer, within a block
+        largest |= {block * cfg.period + i: float(b) for block, b in enumerate(np.abs(bias_LE).max(axis=1))}
     if nonzero := [layer for layer, b in largest.items() if b != 0]:
         worst = max(nonzero, key=lambda layer: largest[layer])
         raise ValueError(
@@ -110,266 +409,3 @@ def _without_bias(params: nnx.State, cfg: ModelConfig) -> nnx.State:
             f"{worst} ({largest[worst]:.2g}), and Hugging Face's Llama 4 has none: train to the last step, after which "
             "it is 0, or export a later checkpoint"
         )
-    return nnx.from_flat_state(kept)
-
-
-def _weights(params: nnx.State, table: list[hf.Tensor]) -> dict[hf.Path, jax.Array]:
-    """The weights by path, checked against the table: all there, none left over, in the right shapes."""
-    weights = {path: p.get_value() for path, p in nnx.to_flat_state(params)}
-    expected: dict[hf.Path, tuple[int, ...]] = {}
-    for t in table:
-        stacked = () if t.block is None else (t.block + 1,)  # the last block of a weight stands
-        expected |= dict.fromkeys(t.paths, (*stacked, *t.our_shape))
-    for path in [*expected, *(weights.keys() - expected.keys())]:
-        got = tuple(weights[path].shape) if path in weights else "nothing"
-        want = expected.get(path, "nothing")
-        if got != want:
-            raise ValueError(
-                f"export: weight {'.'.join(map(str, path))} is {got}, the model's configuration has {want}"
-            )
-    return weights
-
-
-def _plan_shards(table: list[hf.Tensor], itemsize: int, shard_bytes: int) -> dict[str, list[hf.Tensor]]:
-    """Tensors in order, cut into files of at most `shard_bytes` (or of one tensor that is larger)."""
-    shards: list[list[hf.Tensor]] = []
-    room = -1
-    for t in table:
-        size = math.prod(t.shape) * itemsize
-        if size > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(t)
-        room -= size
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
-
-
-_take = jax.jit(partial(jax.lax.dynamic_index_in_dim, keepdims=False))
-
-
-def _on_host(weight: jax.Array, block: int | None) -> np.ndarray:
-    """One layer's weight, gathered from wherever its shards lie."""
-    if block is not None:
-        weight = _take(weight, jnp.int32(block))
-    if weight.is_fully_addressable:
-        return np.asarray(weight)
-    return np.asarray(multihost_utils.process_allgather(weight, tiled=True))
-
-
-def _header(shard: list[hf.Tensor], dtype: str) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for t in shard:
-        start, end = end, end + math.prod(t.shape) * DTYPES[CODES[dtype]].itemsize
-        entries[t.name] = {"dtype": CODES[dtype], "shape": t.shape, "data_offsets": [start, end]}
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the tensors start aligned
-    return len(header).to_bytes(8, "little") + header
-
-
-def _write_meta(
-    work: epath.Path, cfg: ModelConfig, shards: dict[str, list[hf.Tensor]], dtype: str, tokenizer: Tokenizer | None
-) -> None:
-    """Tokenizer, index and configuration, in this order: with the last one the folder is complete."""
-    ids: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    if tokenizer is not None:
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        tokenizer.save(work)
-    total = sum(math.prod(t.shape) for shard in shards.values() for t in shard) * DTYPES[CODES[dtype]].itemsize
-    weight_map = {t.name: file for file, shard in shards.items() for t in shard}
-    (work / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-    (work / CONFIG).write_text(json.dumps({**hf.config_to_hf(cfg), **ids, "torch_dtype": dtype}, indent=2))
-
-
-# --- import --------------------------------------------------------------------------------------------------------
-
-
-def read_config(folder: epath.PathLike) -> ModelConfig:
-    """The model that a Hugging Face folder holds; of a model with vision, its text part."""
-    return hf.config_from_hf(read_json(epath.Path(folder) / CONFIG))
-
-
-def load_hf(folder: epath.PathLike, *, shardings: Any = None, router_bias: bool = False) -> nnx.State:
-    """The weights of a Hugging Face folder in fp32, as the state of `abstract(read_config(folder))`.
-
-    `router_bias`: of that model with such a bias, at 0 as theirs has none.
-    `shardings`: a tree of that structure with a `jax.sharding.Sharding` for each weight; by default everything goes
-    onto the first device. One tensor of theirs is in host memory at a time, of experts only the rows that the local
-    devices hold. Before anything is placed, every expected tensor must be there with its shape and a dtype of
-    `DTYPES`, and none may be left over but the vision parts of a whole model: ValueError names the first that is not.
-    """
-    folder = epath.Path(folder)
-    config = read_json(folder / CONFIG)
-    whole = hf.is_whole_model(config)
-    cfg = replace(hf.config_from_hf(config), router_bias=router_bias)
-    table = list(hf.tensors(cfg, hf.TEXT_PREFIX if whole else ""))
-    stored = stored_tensors(folder)
-    _check_stored(table, stored, hf.OTHER_PARTS if whole else ())
-
-    state = nnx.split(abstract(cfg))[1]
-    leaves, structure = jax.tree.flatten(state)
-    places = [SingleDeviceSharding(jax.local_devices()[0])] * len(leaves)
-    places = places if shardings is None else jax.tree.leaves(shardings)
-    if len(places) != len(leaves):
-        raise ValueError(f"load_hf: shardings for {len(places)} weights, the model has {len(leaves)}")
-    place = {path: p.get_value() for path, p in nnx.to_flat_state(jax.tree.unflatten(structure, places))}
-    shape = {path: p.get_value().shape for path, p in nnx.to_flat_state(state)}
-    weights: dict[hf.Path, jax.Array] = {}
-    for t in table:
-        layer_place = {path: place[path] if t.block is None else _layer_sharding(place[path]) for path in t.paths}
-        rows = _local_rows(t, layer_place.values())
-        arrays = t.from_hf(stored[t.name].read(*rows))
-        for path, array in zip(t.paths, arrays, strict=True):
-            layer = _put(array, t.our_shape, rows[0], layer_place[path])
-            if t.block is None:
-                weights[path] = layer
-                continue
-            empty, write = _stacker(shape[path], place[path])
-            weights[path] = write(weights[path] if path in weights else empty(), layer, jnp.int32(t.block))
-    for path in (path for path in shape if path[-1] == hf.ROUTER_BIAS):
-        weights[path] = _stacker(shape[path], place[path])[0]()
-    return nnx.from_flat_state([(path, p.replace(weights[path])) for path, p in nnx.to_flat_state(state)])
-
-
-def _layer_sharding(stacked: Sharding) -> Sharding:
-    """Where one layer of a stacked weight lies."""
-    return (
-        NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:])) if isinstance(stacked, NamedSharding) else stacked
-    )
-
-
-def _local_rows(t: hf.Tensor, shardings: Iterable[Sharding]) -> tuple[int, int]:
-    """The rows of their tensor that this process's devices need: all, unless rows mean the same on both sides."""
-    if not t.same_rows:
-        return 0, t.shape[0]
-    slices = [
-        index[0].indices(t.shape[0])
-        for sharding in shardings
-        for index in sharding.addressable_devices_indices_map(t.our_shape).values()
-        if index is not None
-    ]
-    return min(start for start, _, _ in slices), max(stop for _, stop, _ in slices)
-
-
-def _put(array: np.ndarray, shape: tuple[int, ...], first_row: int, sharding: Sharding) -> jax.Array:
-    """`array`, which begins at row `first_row` of a weight of `shape`, onto the devices in fp32."""
-
-    def part(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(shape[0])
-        return np.array(array[(slice(start - first_row, stop - first_row), *index[1:])], np.float32)
-
-    return jax.make_array_from_callback(shape, sharding, part, dtype=np.float32)
-
-
-@cache
-def _stacker(shape: tuple[int, ...], sharding: Sharding) -> tuple[Callable[[], jax.Array], Callable[..., jax.Array]]:
-    """Make an empty stacked weight; write a layer into one, in place."""
-    empty = jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)
-    write = jax.jit(partial(jax.lax.dynamic_update_index_in_dim, axis=0), donate_argnums=0, out_shardings=sharding)
-    return empty, write
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a shard."""
-
-    file: epath.Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int  # of its bytes in the file
-
-    def read(self, first: int, last: int) -> np.ndarray:
-        """Rows `first` to `last` (exclusive)."""
-        dtype = DTYPES[self.dtype]
-        row = math.prod(self.shape[1:]) * dtype.itemsize
-        with self.file.open("rb") as f:
-            f.seek(self.start + first * row)
-            data = f.read((last - first) * row)
-        return np.frombuffer(data, dtype).reshape(last - first, *self.shape[1:])
-
-
-def stored_tensors(folder: epath.Path) -> dict[str, Stored]:
-    """Every tensor of the folder's shards, by name."""
-    if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{folder / INDEX}: 'weight_map' is missing")
-    elif (folder / SINGLE).exists():
-        weight_map = dict.fromkeys(_read_header(folder / SINGLE), SINGLE)
-    else:
-        raise FileNotFoundError(f"{folder} holds neither {INDEX} nor {SINGLE}")
-    stored: dict[str, Stored] = {}
-    for file in sorted({str(file) for file in weight_map.values()}):
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", file):
-            raise ValueError(f"{folder / INDEX}: {file!r} is not the name of a file in this folder")
-        if not (folder / file).exists():
-            raise FileNotFoundError(f"{folder / file} is missing; {INDEX} names it")
-        for name, entry in _read_header(folder / file).items():
-            if weight_map.get(name) != file:
-                raise ValueError(f"{folder / file} holds tensor {name}, which {INDEX} does not place there")
-            stored[name] = entry
-    if missing := weight_map.keys() - stored.keys():
-        raise ValueError(
-            f"{folder}: tensor {min(missing)} is not in {weight_map[min(missing)]}, where {INDEX} places it"
-        )
-    return stored
-
-
-def _read_header(file: epath.Path) -> dict[str, Stored]:
-    """A shard's tensors; ValueError where the header is not one, or the tensors do not fill the file exactly."""
-    size = file.stat().length
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise ValueError(f"{file} is not in the safetensors format, or is cut short: a header of {length} bytes")
-        header = _parse_json(f.read(length), file)
-    header.pop("__metadata__", None)
-    tensors: dict[str, Stored] = {}
-    end = 0
-    try:
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            known = dtype not in DTYPES or stop - start == math.prod(shape) * DTYPES[dtype].itemsize
-            if start != end or stop < start or not known or any(n < 1 for n in shape):
-                raise ValueError(
-                    f"{file}: tensor {name} of shape {shape} in {dtype} cannot lie at bytes {start} to {stop}"
-                )
-            tensors[name] = Stored(file, dtype, shape, 8 + length + start)
-            end = stop
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: the header is not in the safetensors format ({error!r})") from None
-    if size != 8 + length + end:
-        raise ValueError(f"{file} has {size} bytes, its header describes {8 + length + end}")
-    return tensors
-
-
-def _check_stored(table: list[hf.Tensor], stored: dict[str, Stored], others: tuple[str, ...]) -> None:
-    for t in table:
-        if t.name not in stored:
-            raise ValueError(f"tensor {t.name} is missing: expected shape {t.shape}")
-        got = stored[t.name]
-        if got.shape != t.shape:
-            raise ValueError(f"tensor {t.name} in {got.file} has shape {got.shape}, expected {t.shape}")
-        if got.dtype not in DTYPES:
-            raise ValueError(
-                f"tensor {t.name} in {got.file} has dtype {got.dtype}, expected one of {', '.join(DTYPES)}"
-            )
-    left = stored.keys() - {t.name for t in table}
-    if left := sorted(name for name in left if not name.startswith(others)):
-        raise ValueError(f"tensor {left[0]} in {stored[left[0]].file} is none of this model's ({len(left)} left over)")
-
-
-def read_json(file: epath.Path) -> dict[str, Any]:
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing: not a folder in Hugging Face's format")
-    return _parse_json(file.read_bytes(), file)
-
-
-def _parse_json(text: bytes, file: epath.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} does not hold a JSON object")
-    return value

@@ -7,36 +7,37 @@ transformers. Shapes carry the house letters (`llama4_jax/axes.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 
-def logits(
-    config: dict[str, Any], weight: Callable[[str], np.ndarray], ids_BT: np.ndarray, prefix: str = ""
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(logits [B, T, V], the router's logits [rows, E] of each MoE layer) of whole documents, one a row.
+def stages(
+    config: dict[str, Any], weight: Callable[[str], np.ndarray], ids_BT: np.ndarray
+) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+    """(name, residual stream [B, T, D], the router's logits [rows, E] where there is one) behind the embedding, each
+    layer and the final norm, of whole documents, one a row.
 
     `config`: the text part of config.json; `weight(name)`: a tensor in fp32.
     """
     c, eps = config, config["rms_norm_eps"]
-    x_BTD = weight(f"{prefix}model.embed_tokens.weight")[ids_BT]
-    routers: list[np.ndarray] = []
+    x_BTD = weight("model.embed_tokens.weight")[ids_BT]
+    yield "embedding", x_BTD, None
     for layer in range(c["num_hidden_layers"]):
-        name = f"{prefix}model.layers.{layer}."
+        name = f"model.layers.{layer}."
         w: Callable[[str], np.ndarray] = lambda part, name=name: weight(name + part)  # noqa: E731
         h_BTD = _norm(x_BTD, eps) * w("input_layernorm.weight")
         x_BTD = x_BTD + _attention(c, w, h_BTD, local=bool(c["no_rope_layers"][layer]))
         h_BTD = _norm(x_BTD, eps) * w("post_attention_layernorm.weight")
+        router_RE = None
         if layer in c["moe_layers"]:
-            y_BTD, router = _moe(c, w, h_BTD)
-            routers.append(router)
+            y_BTD, router_RE = _moe(c, w, h_BTD)
         else:
             y_BTD = _swiglu(h_BTD, *(w(f"feed_forward.{p}_proj.weight").T for p in ("gate", "up", "down")))
         x_BTD = x_BTD + y_BTD
-    x_BTD = _norm(x_BTD, eps) * weight(f"{prefix}model.norm.weight")
-    return x_BTD @ weight(f"{prefix}lm_head.weight").T, routers
+        yield f"layer {layer}", x_BTD, router_RE
+    yield "final norm", _norm(x_BTD, eps) * weight("model.norm.weight"), None
 
 
 def _norm(x: np.ndarray, eps: float) -> np.ndarray:

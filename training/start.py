@@ -14,7 +14,8 @@ from data import tokenizer
 from llama4_jax.config import ModelConfig, Rope
 from training.checkpoint import abstract_params, load_config, restore_params
 from training.config import RunConfig
-from training.export import load_hf, read_config
+from training.hf_import import load_hf
+from training.model_folder import read_config
 from training.state import TrainState, create_state
 from training.target_sources import TargetSource, open_source
 

@@ -1,24 +1,35 @@
-"""Whether a Hugging Face folder means the same to this project as to another implementation of Llama 4."""
+"""Whether a Hugging Face folder is whole, means the same to another implementation of Llama 4, and is its source's.
+
+Three questions, each in memory that does not grow with the model but by a layer: are all tensors there, in their shapes
+and with the digests of the manifest (`check_files`); do this project's layers and another implementation's give the
+same, layer by layer (`verify`); and are the weights those of the checkpoint that was exported (`training/diff.py`).
+"""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from etils import epath
-from flax import nnx
 
-from llama4_jax import hf
-from llama4_jax.text import abstract
-from training import oracle
-from training.export import CONFIG, DTYPES, load_hf, read_config, read_json, stored_tensors
+from training.hf_import import Folder, open_folder
+from training.layerwise import Model, Numpy, Ours, Transformers
+from training.model_folder import MANIFEST
+from training.quantised import Dequantised
+from training.safetensors_header import Reader, Stored, read_json, stored_tensors
+from training.transfer import Progress
+from training.weights import FolderWeights
 
 Against = Literal["transformers", "numpy"]
 MARGIN = 1e-5
 """Two router logits closer than this, relative to the largest, may change places by rounding alone."""
+COLUMNS = 2**14
+"""Of the vocabulary, whose logits are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ class Verification:
     """Chunks of local attention they touch."""
     near_tie: bool = False
     """Wherever a row begins to differ, a token at or before that place lies between two experts (below `MARGIN`)."""
+    stages: tuple[tuple[str, float], ...] = ()
+    """The same error behind the embedding, each layer and the final norm, of the residual stream."""
 
     @property
     def ok(self) -> bool:
@@ -52,12 +65,18 @@ class Verification:
         """The logits differ, but tokens were so near to another expert that rounding can have moved them."""
         return not self.ok and self.near_tie
 
+    @property
+    def first_beyond(self) -> str | None:
+        """Where the error first exceeds the tolerance."""
+        return next((name for name, error in self.stages if not error <= self.tolerance), None)
+
     def __str__(self) -> str:
         verdict = "equal" if self.ok else "undecided, compared" if self.undecided else "NOT EQUAL"
+        where = f", first beyond it at {self.first_beyond}" if self.first_beyond and not self.ok else ""
         hint = "; a token lies between two experts: repeat with another seed" if self.undecided else ""
         return (
             f"{verdict} to {self.against}: max |a - b| / max |b| = {self.max_relative_error:.2e} "
-            f"(tolerance {self.tolerance:.0e}), router margin {self.router_margin:.2e}, {self.dtype} weights, "
+            f"(tolerance {self.tolerance:.0e}{where}), router margin {self.router_margin:.2e}, {self.dtype} weights, "
             f"{self.tokens} tokens over {self.chunks} chunks{hint}"
         )
 
@@ -70,68 +89,121 @@ def verify(
     against: Against = "transformers",
     batch: int = 2,
     seed: int = 0,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Verification:
-    """Load a folder with this model and with another implementation (fp32, CPU) and compare the logits.
+    """Run a folder's model here and in another implementation (fp32, CPU), a layer at a time, and compare.
 
     `against`: transformers (eager attention; ValueError where it is not installed), or the NumPy oracle, which needs
     nothing. `tokens`: length of the `batch` random sequences; by default three and a half chunks, at most 4096 tokens
-    (eager attention holds T^2 scores a head). Both models in turn must fit into memory in fp32.
+    (eager attention holds T^2 scores a head). A layer of the model, twice in fp32, must fit into memory. `say` takes a
+    line for each stage.
     """
-    folder = epath.Path(folder)
-    cfg = read_config(folder)
-    stored = stored_tensors(folder)
+    weights = FolderWeights(folder)
+    cfg = weights.cfg
     tokens = min(3 * cfg.chunk + cfg.chunk // 2, 4096) if tokens is None else tokens
     ids_BT = np.random.default_rng(seed).integers(0, cfg.vocab_size, (batch, tokens), dtype=np.int32)
-    theirs = _transformers_logits if against == "transformers" else _numpy_logits
-    theirs_BTV, routers = theirs(folder, ids_BT)
-    graphdef = nnx.split(abstract(cfg))[0]
-    with jax.default_matmul_precision("highest"):
-        logits = jax.jit(lambda params, ids_BT: nnx.merge(graphdef, params).logits(ids_BT))
-        ours_BTV = np.asarray(logits(load_hf(folder), ids_BT))
-    error_BT = np.max(np.abs(ours_BTV - theirs_BTV), axis=-1) / np.max(np.abs(theirs_BTV))
-    margin_BT = np.min([router_margins(z_RE, cfg.experts_per_token) for z_RE in routers], axis=0).reshape(batch, tokens)
+    theirs: Model = Transformers(weights) if against == "transformers" else Numpy(weights)
+    ours = Ours(weights)
+    stages: list[tuple[str, float]] = []
+    margins: list[np.ndarray] = []
+    for a, b in zip(ours.stages(ids_BT), theirs.stages(ids_BT), strict=True):
+        assert a.name == b.name
+        error = float(np.max(np.abs(a.x_BTD - b.x_BTD)) / max(float(np.max(np.abs(b.x_BTD))), 1e-30))
+        stages.append((a.name, error))
+        say(f"{a.name}: max |a - b| / max |b| = {error:.2e}")
+        if b.router_RE is not None:
+            margins.append(router_margins(b.router_RE, cfg.experts_per_token))
+    error_BT, largest = np.zeros((batch, tokens)), 0.0
+    for first in range(0, cfg.vocab_size, COLUMNS):
+        last = min(first + COLUMNS, cfg.vocab_size)
+        a_BTV, b_BTV = ours.logits(first, last), theirs.logits(first, last)
+        error_BT = np.maximum(error_BT, np.max(np.abs(a_BTV - b_BTV), axis=-1))  # NaN stays
+        largest = max(largest, float(np.max(np.abs(b_BTV))))
+    error_BT /= largest
+    margin_BT = np.min(margins, axis=0).reshape(batch, tokens)
     return Verification(
         against=against,
         max_relative_error=float(np.max(error_BT)),
         router_margin=float(margin_BT.min()),
         near_tie=starts_at_ties(error_BT, margin_BT, tolerance),
         tolerance=tolerance,
-        dtype=", ".join(sorted({DTYPES[s.dtype].name for s in stored.values() if s.dtype in DTYPES})),
+        dtype=_dtypes(weights.folder),
         tokens=tokens,
         chunks=-(-tokens // cfg.chunk),
+        stages=tuple(stages),
     )
 
 
-def _numpy_logits(folder: epath.Path, ids_BT: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Logits [B, T, V] of the oracle, and the router's of each MoE layer."""
+NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I32": "packed integer", "F8_E4M3": "float8_e4m3fn",
+         "I8": "int8"}  # fmt: skip
+
+
+def _dtypes(folder: Folder) -> str:
+    codes = {s.codes.dtype if isinstance(s, Dequantised) else s.dtype for s in folder.stored.values()}
+    return ", ".join(sorted(NAMES.get(code, code) for code in codes))
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a look at the files found."""
+
+    tensors: int
+    bytes: int
+    digests: bool
+    """Whether the manifest's digests were there, and were compared."""
+    problems: tuple[str, ...]
+    manifest: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        what = "digests as in the manifest" if self.digests else "no manifest, so digests were not compared"
+        for first in self.problems:
+            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+            return f"NOT WHOLE: {first}{more}"
+        return f"whole: {self.tensors} tensors, {self.bytes / 1e9:.2f} GB, shapes and dtypes as they should be, {what}"
+
+
+def check_files(folder: epath.PathLike, threads: int = 4, log: Callable[[str], object] | None = None) -> Files:
+    """Names, shapes and dtypes of every tensor (ValueError names the first that is wrong), and every digest."""
+    folder = epath.Path(folder)
+    open_folder(folder)
     stored = stored_tensors(folder)
-    prefix = hf.TEXT_PREFIX if hf.is_whole_model(read_json(folder / CONFIG)) else ""
+    total = sum(s.nbytes for s in stored.values())
+    manifest = read_json(folder / MANIFEST, 100_000_000) if (folder / MANIFEST).exists() else {}
+    wanted = manifest.get("sha256") if isinstance(manifest.get("sha256"), dict) else None
+    problems: list[str] = []
+    if wanted is not None:
+        problems += [f"tensor {name} is in the manifest alone" for name in sorted(wanted.keys() - stored.keys())]
+        problems += [f"tensor {name} is not in the manifest" for name in sorted(stored.keys() - wanted.keys())]
+        progress = Progress("digests", total, 0, log)
+        both = [name for name in stored if name in wanted]
+        with ThreadPoolExecutor(threads) as pool:
+            for name, found in zip(both, pool.map(partial(_digest, stored, progress), both), strict=True):
+                if found != wanted[name]:
+                    problems.append(f"tensor {name} in {stored[name].file} is not what was exported: another digest")
+        progress.close()
+    return Files(len(stored), total, wanted is not None, tuple(problems), manifest)
 
-    def weight(name: str) -> np.ndarray:
-        return stored[name].read(0, stored[name].shape[0]).astype(np.float32)
 
-    return oracle.logits(hf.config_to_hf(read_config(folder)), weight, ids_BT, prefix)  # settings in one spelling
+def _digest(stored: dict[str, Stored], progress: Progress, name: str) -> str:
+    entry, found = stored[name], sha256()
+    buffer = np.empty(min(entry.nbytes, 2**24), np.uint8)
+    with Reader(entry.file) as reader:
+        for start in range(0, entry.nbytes, 2**24):
+            part = buffer[: min(2**24, entry.nbytes - start)]
+            reader.into(part, entry.start + start)
+            found.update(part.data)
+            progress.add(len(part))
+    return found.hexdigest()
 
 
-def _transformers_logits(folder: epath.Path, ids_BT: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Logits [B, T, V] of transformers, and the router's of each MoE layer."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-        from transformers import Llama4ForCausalLM  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(
-            f"this needs transformers and torch: install the extra [verify], or compare --against numpy ({error})"
-        ) from None
-    load: Any = Llama4ForCausalLM.from_pretrained  # a pair with output_loading_info
-    model, info = load(
-        os.fspath(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True,
-        output_loading_info=True,
-    )  # fmt: skip
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"transformers finds no weights for {missing[0]} in {folder}")
-    with torch.no_grad():
-        out = model.eval()(torch.from_numpy(ids_BT).long(), use_cache=False, output_router_logits=True)
-    return out.logits.numpy(), [z_RE.numpy() for z_RE in out.router_logits]
+# --- near ties -----------------------------------------------------------------------------------------------------
 
 
 def starts_at_ties(error_BT: np.ndarray, margin_BT: np.ndarray, tolerance: float) -> bool:

@@ -47,6 +47,16 @@ def test_train_go_on_export_import(train: str, capsys):
 
     made = output("export run --to hf --dtype float32 --step 2", capsys)
     assert made == {"folder": "hf", "run": "run", "learner": "scout", "step": 2, "dtype": "float32"}
+    result = output("verify hf --against numpy", capsys)
+    assert result["ok"] and result["files"]["ok"] and result["source"]["compared"], result
+    assert output("diff run@2 hf", capsys)["equal"]
+    assert cli.main(["diff", "run@2", "run@4"]) == 1 and "the first that is not" in capsys.readouterr().out
+    prompts = ["--prompt", "a", "--prompt", "bc", "--max-new-tokens", "4", "--temperature", "0", "--json"]
+    texts = [(cli.main(["generate", place, *prompts]), capsys.readouterr().out) for place in ("run@2", "hf")]
+    assert texts[0] == texts[1] and texts[0][0] == 0 and len(texts[0][1].splitlines()) == 2
+    assert "a prompt is needed" in error("generate hf", capsys)
+    assert "--chat needs Llama 4's tokenizer" in error("generate hf --chat --prompt a", capsys)
+    assert "nowhere is neither a run's folder" in error("generate nowhere --prompt a", capsys)
     assert "exists already" in error("export run --to hf", capsys)
     assert "no learner 'scuot'" in error("export run --to other --learner scuot", capsys)
     assert "no checkpoint of step 3" in error("export run --to other --step 3", capsys)
@@ -81,6 +91,23 @@ def test_from_another_run(train: str, capsys):
     assert not Path("x").exists()
 
 
+@pytest.mark.slow
+def test_the_whole_way_in_one_command(train: str, capsys):
+    """A folder in, trained on at a longer sequence with a teacher, and out again, verified; run again, nothing more."""
+    output(train, capsys)
+    output("export run --to scout --dtype float32", capsys)
+    output(f"{train.replace('--out run', '--out other')} --model.moe-every 2 --train.seed 3", capsys)
+    output("export other --to maverick", capsys)
+    longer = data(train).replace("--train.seq-len 32", "--train.seq-len 64")
+    line = f"continue scout --teacher maverick --to longer --against numpy {longer} --train.eval-batches 1"
+    made = output(line, capsys)
+    assert made["ok"] and made["verify"]["ok"] and made["run"]["step"] == 2
+    assert made["source"].startswith("equal to longer/run@2")
+    card = Path("longer/hf/README.md").read_text()
+    assert "Built with Llama" in card and "| teacher |" in card and "hf:maverick" in card
+    assert output(line, capsys) | {"run": 0} == made | {"run": 0}
+
+
 def data(train: str) -> str:
     return f"--data.sources {train.split()[5]} --data.heldout 0.2 --train.batch 8 --train.seq-len 32 --train.steps 2"
 
@@ -102,10 +129,11 @@ def test_a_routers_bias_keeps_from_exporting_until_the_end(train: str, capsys):
 def test_verify_has_the_status_of_its_verdict(monkeypatch, capsys):
     from training import verify as module
 
-    def verify(folder: str, tolerance: float, tokens: int | None, *, against: str, seed: int) -> module.Verification:
+    def verify(folder: str, tolerance: float, tokens: int | None, *, against: str, seed: int, say) -> object:
         return module.Verification(against, 1e-6, 0.1, tolerance, "float32", 64, 4)
 
     monkeypatch.setattr(module, "verify", verify)
+    monkeypatch.setattr(module, "check_files", lambda folder: module.Files(3, 10, False, (), {}))
     result = output("verify hf", capsys)
     assert result["ok"] and result["max_relative_error"] == 1e-6 and result["text"].startswith("equal")
     assert cli.main(["verify", "hf", "--tolerance", "1e-7"]) == 1

@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
 from llama4_jax.axes import MESH_AXES, Execution, map_params
-from llama4_jax.config import tiny_maverick, tiny_scout
-from llama4_jax.generate import _generate, bucket, decode, empty_caches, generate, prefill, sample
+from llama4_jax.config import scout, tiny_maverick, tiny_scout
+from llama4_jax.generate import _generate, bucket, cache_bytes, decode, empty_caches, generate, prefill, sample
 from llama4_jax.text import Transformer
 
 CHUNK = 8
@@ -61,11 +61,11 @@ def full_logits(model: Transformer, rows, dtype="float32") -> np.ndarray:
     return np.asarray(_full(*nnx.split(model), jnp.asarray(tokens_BT), dtype))[: len(rows)]
 
 
-@jax.jit(static_argnames=("graphdef", "max_length"))
-def replay(graphdef, state, prompts_BT, lengths_B, following_BN, max_length):
+@jax.jit(static_argnames=("graphdef", "max_length", "piece"))
+def replay(graphdef, state, prompts_BT, lengths_B, following_BN, max_length, piece=None):
     """Logits of prefill, then of decoding the given tokens: [B, 1 + N, V]."""
     model = nnx.merge(graphdef, state)
-    first_BV, caches = prefill(model, prompts_BT, lengths_B, max_length)
+    first_BV, caches = prefill(model, prompts_BT, lengths_B, max_length, piece)
 
     def step(carry, token_B):
         positions_B, caches = carry
@@ -76,16 +76,17 @@ def replay(graphdef, state, prompts_BT, lengths_B, following_BN, max_length):
     return jnp.concatenate([first_BV[:, None], rest_NBV.swapaxes(0, 1)], axis=1)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_decoding_equals_the_full_forward_at_every_position(name):
-    """Prompts that end before, at, on and behind chunk boundaries; 25 more tokens cross three or four each."""
+@pytest.mark.parametrize(("name", "piece"), [*((name, None) for name in CONFIGS), ("maverick", 8), ("scout", 16)])
+def test_decoding_equals_the_full_forward_at_every_position(name, piece):
+    """Prompts that end before, at, on and behind chunk boundaries, read at once or in pieces of one chunk or two; 25
+    more tokens cross three or four each."""
     model = model_of(name)
     lengths = np.array([1, 7, 8, 9, 17, 20], np.int32)
-    T, N = 20, 25
+    T, N = 32 if piece else 20, 25
     tokens_BS = np.asarray(random_tokens(1, ROWS, LENGTH))
     prompts_BT = np.where(np.arange(T)[None, :] < lengths[:, None], tokens_BS[:, :T], 63)
     following_BN = np.stack([row[n : n + N] for row, n in zip(tokens_BS, lengths, strict=True)])
-    got_BNV = replay(*nnx.split(model), *map(jnp.asarray, (prompts_BT, lengths, following_BN)), T + N)
+    got_BNV = replay(*nnx.split(model), *map(jnp.asarray, (prompts_BT, lengths, following_BN)), T + N, piece)
     full_BSV = full_logits(model, tokens_BS)
     want_BNV = np.stack([row[n - 1 : n + N] for row, n in zip(full_BSV, lengths, strict=True)])
     assert np.abs(got_BNV - want_BNV).max() <= 1e-5 * np.abs(want_BNV).max()
@@ -96,6 +97,15 @@ def test_local_caches_hold_one_chunk_and_global_ones_everything():
     assert slots == [CHUNK, CHUNK, CHUNK, 100]
     assert [c.k.shape[2] for c in empty_caches(CONFIGS["scout"], 3, 5, jnp.float32)] == [5, 5]
     assert empty_caches(CONFIGS["maverick"], 3, 100, jnp.float32)[0].v.shape == (2, 3, CHUNK, 2, 8)
+
+
+def test_caches_take_what_the_formula_says():
+    for cfg in CONFIGS.values():
+        for length in (5, 100):
+            arrays = jax.eval_shape(lambda cfg=cfg, length=length: empty_caches(cfg, 3, length, jnp.bfloat16))
+            assert cache_bytes(cfg, 3, length) == sum(2 * x.size for x in jax.tree.leaves(arrays))
+    # Scout at full size, 10M tokens: 12 of 48 layers keep them all.
+    assert cache_bytes(scout(), 1, 10_485_760) == 2 * 2 * 8 * 128 * (12 * 10_485_760 + 36 * 8192)
 
 
 PROMPTS = [random_tokens(10 + n, n).tolist() for n in (3, 16, 11, 8)]

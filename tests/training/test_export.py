@@ -20,10 +20,12 @@ from llama4_jax.axes import Execution
 from llama4_jax.config import ModelConfig, Rope
 from llama4_jax.text import abstract
 from tools.record_golden import our_state, random_weights
-from training import export
+from training import hf_import, safetensors_header
 from training.config import MeshConfig
-from training.export import load_hf, read_config, save_hf
+from training.export_params import save_hf
+from training.hf_import import load_hf
 from training.mesh import make_mesh, shardings
+from training.model_folder import read_config
 
 CFG = ModelConfig(vocab_size=64, embed_dim=32, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=8, dense_dim=48,
                   expert_dim=16, num_experts=4, moe_every=2, chunk=8, floor_scale=5, max_position=256,
@@ -129,20 +131,39 @@ def test_weights_land_in_the_given_shardings_and_leave_from_them(exported, tmp_p
         load_hf(exported, shardings=[jax.tree.leaves(places)[0]])
 
 
-def test_only_the_experts_of_local_devices_are_read(exported, monkeypatch):
-    """With four experts over two devices, the second device alone needs rows 2 and 3."""
-    mesh = make_mesh(MeshConfig(fsdp=1, expert=2), jax.devices()[:2])
+def test_only_what_local_devices_hold_is_read(exported, monkeypatch):
+    """Experts over two devices and D over two: the last device alone needs rows 2 and 3, and half of D."""
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2), jax.devices()[:4])
     experts = next(t for t in hf.tensors(CFG) if t.name.endswith("gate_up_proj"))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("expert"))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("expert", "fsdp"))
 
-    def second(self, shape):  # what the map is in a process that holds the second device only
-        return {d: i for d, i in self.devices_indices_map(shape).items() if d == jax.devices()[1]}
+    def last(self, shape):  # what the map is in a process that holds the last device only
+        return {d: i for d, i in self.devices_indices_map(shape).items() if d == jax.devices()[3]}
 
-    assert export._local_rows(experts, [sharding]) == (0, 4)
-    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", second)
-    assert export._local_rows(experts, [sharding]) == (2, 4)
-    stored = export.stored_tensors(export.epath.Path(exported))[experts.name]
-    np.testing.assert_array_equal(stored.read(2, 4), tensors_of(exported)[experts.name][2:4])
+    assert hf_import.local_box(experts, sharding) == [(0, 4), (0, 32), (0, 16)]
+    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", last)
+    box = hf_import.local_box(experts, sharding)
+    assert box == [(2, 4), (16, 32), (0, 16)]
+    stored = safetensors_header.stored_tensors(safetensors_header.epath.Path(exported))[experts.name]
+    whole = tensors_of(exported)[experts.name]
+    np.testing.assert_array_equal(stored.read(2, 4), whole[2:4])
+    for i in range(2):
+        theirs = experts.theirs(dict(zip("EDF", box, strict=True)))[i]
+        np.testing.assert_array_equal(stored.box(theirs), whole[2:4, 16:32, 16 * i : 16 * i + 16])
+
+
+@pytest.mark.parametrize("gap", [0, 2**15])
+def test_any_box_of_a_tensor_is_read(tmp_path, monkeypatch, gap):
+    """With what lies between its stretches and without."""
+    monkeypatch.setattr(safetensors_header, "GAP", gap)
+    x = np.arange(3 * 5 * 7 * 2, dtype=np.int32).reshape(3, 5, 7, 2)
+    safetensors.numpy.save_file({"x": x, "y": x[0, 0, 0]}, tmp_path / "model.safetensors")
+    stored = safetensors_header.stored_tensors(safetensors_header.epath.Path(tmp_path))
+    np.testing.assert_array_equal(stored["y"].whole(), x[0, 0, 0])
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        box = [tuple(sorted(rng.choice(n + 1, 2, replace=False).tolist())) for n in x.shape]
+        np.testing.assert_array_equal(stored["x"].box(box), x[tuple(slice(a, b) for a, b in box)])
 
 
 def test_an_interrupted_export_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):

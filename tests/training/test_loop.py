@@ -21,7 +21,7 @@ from data.config import DataConfig
 from data.loader import Corpus
 from training.checkpoint import Checkpoints, restore_params
 from training.config import Distillation, MeshConfig, OptimizerConfig
-from training.export import save_hf
+from training.export_params import save_hf
 from training.loop import train
 from training.mesh import make_mesh
 from training.metrics import read

@@ -15,8 +15,10 @@ from flax import nnx
 from llama4_jax.config import ModelConfig, Rope
 from tools.record_golden import our_state, random_weights
 from training import verify as module
-from training.export import save_hf
+from training.export_params import save_hf
+from training.layerwise import Ours
 from training.verify import Verification, router_margin, starts_at_ties, verify
+from training.weights import FolderWeights
 
 SCOUT = ModelConfig(vocab_size=64, embed_dim=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, dense_dim=48,
                     expert_dim=16, num_experts=4, chunk=8, floor_scale=5, max_position=256,
@@ -50,9 +52,21 @@ def test_the_export_computes_the_same(model, against):
 @pytest.mark.parametrize("against", AGAINST)
 def test_a_difference_is_seen(model, against, monkeypatch):
     cfg, folder = model
-    monkeypatch.setattr(module, "load_hf", lambda folder: params(cfg))  # the weights before they were rounded to bf16
-    result = verify(folder, against=against)
+    exact = {path: np.asarray(p.get_value()) for path, p in nnx.to_flat_state(params(cfg))}
+
+    class Exact(FolderWeights):  # before they were rounded to bf16: from layer 2 on
+        def read(self, path, index=(), ranges={}):  # noqa: B006
+            if path[0] == "blocks" and path[2] >= 2:
+                return exact[path][index]
+            return super().read(path, index, ranges)
+
+    monkeypatch.setattr(module, "Ours", lambda weights: Ours(Exact(folder)))
+    lines: list[str] = []
+    result = verify(folder, against=against, say=lines.append)
     assert not result.ok and result.max_relative_error > 1e-3
+    assert [name for name, _ in result.stages] == ["embedding", *(f"layer {n}" for n in range(4)), "final norm"]
+    assert result.first_beyond == "layer 2" and "first beyond it at layer 2" in str(result)
+    assert len(lines) == 6 and lines[0].startswith("embedding: max |a - b| / max |b| = 0.00e+00")
 
 
 def test_router_margin_by_hand():
