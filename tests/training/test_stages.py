@@ -39,7 +39,10 @@ def quiet(_: str) -> None:
 
 def story(folder: str | Path) -> list[dict]:
     """A run's records without what depends on the clock."""
-    return [{k: v for k, v in record.items() if k not in CLOCK} for record in read(epath.Path(folder))]
+    return [
+        {k: v for k, v in record.items() if k not in CLOCK and "seconds/" not in k}
+        for record in read(epath.Path(folder))
+    ]
 
 
 def assert_same_weights(*folders: str) -> None:

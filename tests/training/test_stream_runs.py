@@ -58,7 +58,10 @@ def of_student(cfg: RunConfig, source: str, out: Path) -> RunConfig:
 def story(cfg: RunConfig) -> list[dict]:
     """A run's records without what depends on the clock."""
     clock = {"time", "tokens_per_second", "seconds_per_step", "data_wait", "tflops"}
-    return [{k: v for k, v in record.items() if k not in clock} for record in read(epath.Path(cfg.folder))]
+    return [
+        {k: v for k, v in record.items() if k not in clock and "seconds/" not in k}
+        for record in read(epath.Path(cfg.folder))
+    ]
 
 
 class Killed(Exception):
