@@ -121,7 +121,10 @@ def _of_ray(cfg: RunConfig) -> Place:
     agree(place, {"code": mine["code"], "versions": str(mine["versions"]), "configuration": str(mine["config"])})
     if mine["unwritable"]:
         raise ValueError(f"{place} cannot write into the run's folder {cfg.folder}: {mine['unwritable']}")
-    return place._replace(hosts=_hosts(place.host))
+    hosts = _hosts(place.host)  # once all have written
+    if place.process == 0:
+        preflight.unmark(cfg.folder)
+    return place._replace(hosts=hosts)
 
 
 def _hosts(mine: str) -> tuple[str, ...]:
