@@ -121,7 +121,20 @@ def _of_ray(cfg: RunConfig) -> Place:
     agree(place, {"code": mine["code"], "versions": str(mine["versions"]), "configuration": str(mine["config"])})
     if mine["unwritable"]:
         raise ValueError(f"{place} cannot write into the run's folder {cfg.folder}: {mine['unwritable']}")
-    return place
+    hosts = _hosts(place.host)  # once all have written
+    if place.process == 0:
+        preflight.unmark(cfg.folder)
+    return place._replace(hosts=hosts)
+
+
+def _hosts(mine: str) -> tuple[str, ...]:
+    """The hosts of all processes, by JAX."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    letters = np.frombuffer(mine.encode()[:64].ljust(64, b"\0"), np.uint8)
+    every = multihost_utils.process_allgather(letters)  # [processes, letters]
+    return tuple(bytes(row).rstrip(b"\0").decode(errors="replace") for row in np.asarray(every))
 
 
 # --- Its log

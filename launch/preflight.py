@@ -140,7 +140,7 @@ def _first(place: Place, mine: dict[str, Any], wait: float, say: Callable[[str],
         finally:
             for link in links:
                 link.close()
-            _unmark(mine["folder"])
+            unmark(mine["folder"])
     return hosts
 
 
@@ -229,7 +229,8 @@ def _unshared(reports: Mapping[int, Mapping[str, Any]]) -> str:
     return ""
 
 
-def _unmark(folder: str) -> None:
+def unmark(folder: str) -> None:
+    """Take away what `report` left in the folder, of all processes."""
     from etils import epath
 
     with contextlib.suppress(OSError):  # it is hidden, and the next start's

@@ -61,7 +61,8 @@ class Profiler:
         made, self._into = self._into, None
         files = [file for file in sorted(made.rglob("*")) if file.is_file()]
         for file in files:
-            to = self._folder / str(file.relative_to(made))
+            *above, session, name = file.relative_to(made).parts  # the session is named by the second it began in
+            to = self._folder.joinpath(*above, f"{session}_steps_{self._first}-{self._last}", name)
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_bytes(file.read_bytes())
             file.unlink()
