@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import configs
@@ -123,10 +124,8 @@ def train(cfg: RunConfig, place: Place = ALONE, began: float = 0.0) -> dict[str,
 
     corpus = open_corpus(cfg, print if place.process == 0 else lambda _: None)
     distributed.agree(place, {"tokenizer": corpus.tokenizer.hash, "data": corpus.hash})
-    if place.process == 0:
-        status_of.begin(cfg.folder, dict(how=place.how, hosts=place.hosts or [place.host], job=place.job,
-                                         time=round(began or time.time(), 3)))  # fmt: skip
-    return loop.train(cfg, corpus)
+    facts = dict(how=place.how, hosts=place.hosts or [place.host], job=place.job, time=round(began or time.time(), 3))
+    return loop.train(cfg, corpus, begun=partial(status_of.begin, cfg.folder, facts))
 
 
 def status(summary: dict[str, Any]) -> int:

@@ -39,13 +39,19 @@ from training.watchdog import Watchdog
 from training.weighting import DOMAINS
 
 
-def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = None) -> dict[str, Any]:
+def train(
+    cfg: RunConfig,
+    corpus: Corpus,
+    log: Callable[[str], object] | None = None,
+    begun: Callable[[], object] | None = None,
+) -> dict[str, Any]:
     """Train until `cfg.train.steps`, going on from the newest good checkpoint in `cfg.folder`; returns the closing
     summary.
 
     The summary: folder, step, steps, complete, signal (that of SIGTERM or SIGINT which stopped the run after a last
     checkpoint, else None) and metrics (the last record). Losses are bit-identical whether or not a run was
-    interrupted, on the same mesh. `log` takes the lines that otherwise go to the terminal.
+    interrupted, on the same mesh. `log` takes the lines that otherwise go to the terminal; `begun` is called, by the
+    first process, once nothing refuses the run any more and its folder is there.
     """
     _check_vocabulary(cfg, corpus)
     _use_compilation_cache()
@@ -83,6 +89,8 @@ def train(cfg: RunConfig, corpus: Corpus, log: Callable[[str], object] | None = 
         writers = None
         if jax.process_index() == 0:
             write_config(folder, cfg)
+            if begun:
+                begun()
             (folder / MARKER).unlink(missing_ok=True)
             corpus.tokenizer.save(folder)
             writers = stack.enter_context(closing(Writers(folder, start)))
