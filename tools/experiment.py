@@ -244,8 +244,9 @@ def write(made: Mapping[str, Any]) -> None:
     teacher, corrupted = made["teacher"], made["corrupted"]
     text = "\n".join([
         BEGIN, "", f"{seeds} seeds. The teacher, held out: {teacher['']:.4f} (code {teacher['code']:.4f}, prose "
-        f"{teacher['prose']:.4f}). The corrupted one, on documents as it was trained on: prose "
-        f"{corrupted['prose']:.4f}. Best rates of labels alone: {', '.join(made['best'].values())}.", "",
+        f"{teacher['prose']:.4f}). The corrupted one: code "
+        f"{corrupted['code']:.4f}, prose {corrupted['prose']:.4f}. Best rates of labels alone: "
+        f"{', '.join(made['best'].values())}.", "",
         *verdicts(made), "", "![every arm against labels alone](experiments.png)", "",
         "Held-out loss in nats a token, mean over seeds; differences to labels alone at the best rate, paired by seed, "
         "with the 95 % interval.", "", *table(made), "", END,
