@@ -211,7 +211,7 @@ def print_fields(cfg: RunConfig, prog: str) -> None:
     """All fields with their meaning and value; those of a single learner under their short names."""
     import tyro
 
-    rest = {name: (hint, value) for name, value, hint in _children(cfg) if name in ("data", "mesh", "train")}
+    rest = {name: (hint, value) for name, value, hint in _children(cfg) if name in ("data", "mesh", "train", "safety")}
     stages = {f"stage_{i}": (Annotated[Stage, tyro.conf.arg(name=f"stages.{i}")], s) for i, s in enumerate(cfg.stages)}
     fork = "RUN@STEP that the run began from; --from finds the step."
     texts = {"out": (Annotated[str, tyro.conf.arg(help="The run's folder; empty: runs/NAME.")], cfg.out),

@@ -28,7 +28,7 @@ def failure(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     [
         (
             "",
-            "a command is needed: demo, train, launch, status, board, targets, export, import, verify",
+            "a command is needed: demo, train, launch, status, board, targets, checkpoint, export, import, verify",
         ),
         ("trian pretrain:tiny", "no command 'trian'; the nearest is 'train'"),
         ("train", "a preset or a run's folder is needed; the presets are pretrain:tiny"),

@@ -17,9 +17,10 @@ from support import error, output
 
 import configs
 from launch import cli
+from training import lock
 from training.config import RunConfig
 
-REDRAWN = ("report.html", "samples.json", "artifacts.json")
+REDRAWN = ("report.html", "samples.json", "artifacts.json", lock.FILE)
 
 TINY = (
     "--data.vocab-size 320 --data.heldout 0.2 --train.batch 8 --train.seq-len 32 --train.eval-batches 1 "

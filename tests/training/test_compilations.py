@@ -82,6 +82,7 @@ def test_nothing_is_compiled_after_the_first_step(make_run, corpus, monkeypatch)
     with counting() as count:
         note = spied(corpus, lambda step: seen.update({step: (count.compiled, count.traced)}))
         monkeypatch.setattr(corpus, "train", note)
+        monkeypatch.setattr(loop.Checkpoints, "save", lambda *_: None)  # the first one slices what all devices hold
         loop.train(make_run(checkpoint_every=8), corpus, lambda _: None)
         end = (count.compiled, count.traced)
     assert seen[1] < seen[2]  # the first step was compiled after its batch had come
@@ -133,7 +134,7 @@ def test_the_host_waits_only_for_the_step_before(make_run, corpus, monkeypatch):
     monkeypatch.setattr(loop, "make_train_step", make_sealed)
     monkeypatch.setattr(jax, "device_get", get_sealed)
     # After the last step both may read what they like.
-    monkeypatch.setattr(loop, "_HeldOut", lambda *_: lambda _: {})
+    monkeypatch.setattr(loop, "HeldOut", lambda *_: lambda *_: {})
     monkeypatch.setattr(loop.Checkpoints, "save", lambda *_: None)
     loop.train(make_run(steps=6, eval_every=100, checkpoint_every=100), corpus, lambda _: None)
     expected = [("dispatched", 1)]
