@@ -40,6 +40,7 @@ def render(spec: JobSpec) -> Artefact:
         '    kill -KILL "${pids[@]}" 2>/dev/null',
         "  done",
         '  [ "$stopped" = 0 ] || { wait "${pids[0]}"; exit; }',
+        '  for pid in "${pids[@]}"; do wait "$pid" || status=1; done  # some may have ended before they were watched',
         '  [ "$status" != 0 ] || exit 0',
         f'  {shell.line(spec.program, "status", spec.folder, "--restart")} || exit "$status"',
         "done",
