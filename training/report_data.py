@@ -6,6 +6,7 @@ Every text and name comes from the data: `printable`, then escaped.
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,13 +20,17 @@ LENGTHS = "Documents, or pieces of those longer than a row, by their tokens; a b
 
 
 def data(runs: Sequence[Run]) -> str:
-    """The section, which says of which runs nothing is known."""
-    body, missing = "", []
+    """The section, which says of which runs nothing is known; runs that read the same share a part."""
+    alike: dict[str, list[Run]] = {}
     for run in runs:
+        alike.setdefault(json.dumps(run.contents, sort_keys=True), []).append(run)
+    body, missing = "", []
+    for group in alike.values():
+        names = [run.name for run in group]
         try:
-            body += _of_run(run.contents, f"{run.name}: " if len(runs) > 1 else "")
+            body += _of_run(group[0].contents, f"{', '.join(names)}: " if len(runs) > 1 else "")
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # missing, or not as we write it
-            missing.append(run.name)
+            missing += names
     if missing:
         body += note(f"What the batches held was not kept: {', '.join(missing)}.")
     return section("Data", body)

@@ -275,6 +275,15 @@ def test_text_of_the_data_is_escaped(tmp_path):
     assert r"<b>x</b>\x1b[31m\u202e</section>" in page.text
 
 
+def test_runs_that_read_the_same_share_a_part(tmp_path):
+    folders = [small(tmp_path / name, {"step": 1, "loss": 2.0}) for name in ("one", "two", "three")]
+    for folder, text in zip(folders, ("a river", "a river", "a brook"), strict=True):
+        contents(folder, "wiki", text)
+    page = built(*folders)
+    assert "one, two: The batches" in page.text and "three: The batches" in page.text
+    assert page.text.count("a river") == page.text.count("a brook") == 1
+
+
 def test_a_folder_without_records_names_the_nearest(runs):
     root = Path(runs[0]).parent
     for given, nearest in (("codistil-tiny", "codistill-tiny"), ("ce-olny", "ce-only"), ("", ".*")):
