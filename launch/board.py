@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     while True:
         found = board.write(args.run, 0 if args.once else args.every, args.out)
         print(f"{args.out or f'{args.run}/board.html'}: {found['state']}, step {found['step']:,}", flush=True)
-        if args.once or found["state"] not in ("running", "silent"):
+        if args.once or found["state"] not in status.UNDER_WAY:
             return 0
         time.sleep(args.every)
 

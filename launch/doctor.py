@@ -33,8 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from training import doctor
     from training.mesh import make_mesh
 
-    named = cfg.out if cfg.out else ""
-    found = doctor.examine(make_mesh(cfg.mesh), named, args.seconds)
+    found = doctor.examine(make_mesh(cfg.mesh), cfg.out, args.seconds)
     found["advice"] = doctor.advice(found, PINS)
     if place.process == 0:
         print(json.dumps(found) if args.json else "\n".join(describe(found)))

@@ -106,7 +106,7 @@ def job(args: argparse.Namespace, cfg: RunConfig) -> JobSpec:
     folder = cfg.folder
     if here and "://" not in folder:
         folder = str(Path(folder).absolute())
-    elif "://" not in folder and args.target != "local" and not folder.startswith("/"):
+    elif "://" not in folder and not folder.startswith("/"):
         raise ValueError(f"every host of {args.target} must see the run's folder, not a place beside it: --out "
                          f"gs://BUCKET/{folder}, or the absolute path of a shared one")  # fmt: skip
     argv = ["train", *([args.name] if args.name else []), *(["--from", args.source] if args.source else [])]

@@ -73,7 +73,7 @@ def refusals(args: argparse.Namespace) -> Iterator[None]:
     """Leave word in the folder of a job's run of what would only fail again, for who may start the job again."""
     try:
         yield
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
         folder = next((words[0] for option, *words in args.overrides if option == "--out" and words), "")
         if folder and "LLAMA4_PROCESSES" in os.environ:  # started by what llama4 launch rendered
             from training.status import refuse

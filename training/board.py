@@ -31,7 +31,7 @@ def write(folder: str, refresh: int, out: str = "") -> dict[str, Any]:
     """
     found = status.read(folder)
     file = epath.Path(out) if out else epath.Path(folder) / "board.html"
-    file.write_text(build(found, refresh if found["state"] in ("running", "silent") else 0))
+    file.write_text(build(found, refresh if found["state"] in status.UNDER_WAY else 0))
     return found
 
 
@@ -94,7 +94,7 @@ def _hosts(found: Mapping[str, Any], now: float) -> str:
         rows.append([f"{number}", when, html.escape(str(start.get("how"))), html.escape(str(start.get("job") or "–")),
                      f"{len(hosts)}", html.escape(named)])  # fmt: skip
     body = card(table(["start", "UTC", "by", "job", "processes", "hosts"], rows, text=True), wide=True)
-    if beats := found["heartbeats"]:
+    if (beats := found["heartbeats"]) and found["state"] in status.UNDER_WAY:
         alive = [[html.escape(f"{b.get('process')}"), html.escape(str(b.get("host"))), f"{b.get('step')}",
                   html.escape(str(b.get("what"))), spell(max(0.0, now - b.get("time", now)))]
                  for b in beats]  # fmt: skip

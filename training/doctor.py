@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import resource
+import secrets
 import shutil
 import socket
 import statistics
@@ -92,7 +93,7 @@ def gather(mesh: Mesh, axis: str, shard: int, seconds: float) -> float:
 def disk(folder: str, size: int) -> dict[str, Any]:
     """Bytes a second to and from a file in a folder; what is read may come out of a cache of the host's."""
     place = epath.Path(folder)
-    file = place / f".doctor-{os.getpid()}"
+    file = place / f".doctor-{secrets.token_hex(8)}"  # hosts of a job do this at once, perhaps with equal pids
     content = np.random.default_rng(0).bytes(size)
     fresh = not place.exists()
     try:

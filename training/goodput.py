@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 SPENT = {"compile": 0.0, "save": 0.0, "restore": 0.0, "evaluate": 0.0}
-"""Seconds of this process so far; the saving that goes on beside steps is not counted."""
+"""Seconds of this start so far; the saving that goes on beside steps is not counted."""
 PREFIX = "seconds/"
 KINDS: tuple[str, ...] = ("steps", "data", "start", "compile", "restore", "evaluate", "save", "other", "restart")
 """steps: those that the run has, without the wait for their data; start: until the first step, without what follows;
@@ -27,6 +27,12 @@ WORDS = {
     "evaluate": "evaluating", "save": "saving", "other": "other", "restart": "restarts and lost steps",
 }  # fmt: skip
 _listening: list[bool] = []
+
+
+def begin() -> None:
+    """A start of a run: what this process spent on an earlier run, as in `llama4 demo`, is none of its."""
+    SPENT.update(dict.fromkeys(SPENT, 0.0))
+    _listen()
 
 
 @contextmanager
@@ -41,7 +47,7 @@ def spent(what: str) -> Iterator[None]:
 
 
 def counted() -> dict[str, float]:
-    """For a record: this process's seconds so far, by what they were spent on."""
+    """For a record: this start's seconds so far, by what they were spent on."""
     _listen()
     return {PREFIX + what: round(seconds, 3) for what, seconds in SPENT.items()}
 

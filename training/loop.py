@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from data.loader import Corpus
-from training import fork
+from training import fork, goodput
 from training.checkpoint import Checkpoints, check_resumable, run_record, whole_place
 from training.config import RunConfig
 from training.evaluate import HeldOut
@@ -53,6 +53,7 @@ def train(
     interrupted, on the same mesh. `log` takes the lines that otherwise go to the terminal; `begun` is called, by the
     first process, once nothing refuses the run any more and its folder is there.
     """
+    goodput.begin()
     _check_vocabulary(cfg, corpus)
     _use_compilation_cache()
     if jax.process_index() > 0:

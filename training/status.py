@@ -15,6 +15,8 @@ STARTS = "starts.jsonl"
 """A line for every start of the run: when, on which hosts, started by what."""
 STOPPED = "requeue.json"
 """What a run leaves that was told to stop."""
+UNDER_WAY = ("running", "silent")
+"""States of a run whose page and heartbeats still change, or may."""
 SILENT = 600.0
 """Seconds without a record after which a run is not believed to go on, or ten of its steps."""
 

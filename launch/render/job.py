@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from training.chips import CHIPS
@@ -94,7 +94,6 @@ class JobSpec:
     """On machines that may be taken back."""
     hostfile: str = ""
     """mpirun's."""
-    extra: dict[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self):
         _check(bool(re.fullmatch(NAME, self.name)), f"--name {self.name!r} must be lower-case letters, digits and "

@@ -12,7 +12,7 @@ LAST_WORDS = 5
 
 
 def render(spec: JobSpec) -> Artefact:
-    """A bash script that starts the processes, passes SIGTERM and SIGINT on to them, ends them all when one fails, and
+    """A bash script that starts the processes, passes SIGTERM on to them, ends them all when one fails, and
     starts them again, at most `restarts` times, where the run asks for it."""
     if spec.hosts != 1 or spec.slices != 1:
         raise ValueError(f"local runs on this machine alone, not on {spec.hosts} hosts: --processes gives it several")
@@ -27,12 +27,14 @@ def render(spec: JobSpec) -> Artefact:
         f"export JAX_COORDINATOR_ADDRESS=localhost:{spec.port} JAX_NUM_PROCESSES={total}",
         *shell.rank(spec, *place),
         "",
+        "pids=() stopped=0",
         'stop() { stopped=1; kill -TERM "${pids[@]}" 2>/dev/null; }',
-        "trap stop TERM INT",
-        "stopped=0",
-        f"for ((attempt = 0; attempt <= {spec.restarts}; attempt++)); do",
+        "trap stop TERM",
+        "trap 'stopped=1' INT  # a terminal's reaches the processes, too: told twice they would end at once",
+        f"for ((attempt = 0; attempt <= {spec.restarts} && !stopped; attempt++)); do",
         "  pids=() status=0",
         f'  for ((i = 0; i < {total}; i++)); do (trap - TERM INT; rank "$i") & pids+=("$!"); done',
+        '  [ "$stopped" = 0 ] || stop  # those, too, that were started since',
         '  while [ -n "$(jobs -pr)" ]; do',
         '    if wait -n || [ "$stopped" = 1 ] || [ "$status" != 0 ]; then continue; fi',
         "    status=1",

@@ -9,7 +9,8 @@ from launch.render.job import Artefact, JobSpec
 
 
 def render(spec: JobSpec) -> Artefact:
-    """mpirun ends all processes when one fails, and hands SIGTERM on to them. Its first host is where they meet."""
+    """mpirun ends all processes when one fails, and hands SIGTERM on to them; the script hands it on to mpirun, and
+    starts nothing again then. Its first host is where they meet."""
     if spec.platform == "tpu":
         raise ValueError(f"mpi runs on GPUs and CPUs, not on {spec.topology}: jobset, xpk, ray and tpu-vm run on TPUs")
     if spec.hosts > 1 and not spec.hostfile:
@@ -31,15 +32,22 @@ def render(spec: JobSpec) -> Artefact:
         "export JAX_COORDINATOR_ADDRESS",
         *shell.rank(spec, *([f"cd {shlex.quote(spec.workdir)} || exit 2"] if spec.workdir else [])),
         "",
-        f"for ((attempt = 0; attempt <= {spec.restarts}; attempt++)); do",
-        f"  {mpirun} bash -c {shell.CALL} && exit",
-        "  status=$?",
+        "job= stopped=0",
+        'stop() { stopped=1; kill -TERM "$job" 2>/dev/null; }',
+        "trap stop TERM",
+        "trap 'stopped=1' INT  # a terminal's reaches mpirun, too",
+        f"for ((attempt = 0; attempt <= {spec.restarts} && !stopped; attempt++)); do",
+        f"  (trap - TERM INT; exec {mpirun} bash -c {shell.CALL}) & job=$!",
+        '  [ "$stopped" = 0 ] || stop',
+        '  while wait "$job"; status=$?; kill -0 "$job" 2>/dev/null; do :; done  # a signal ends a wait early',
+        '  [ "$status" != 0 ] || exit 0',
+        '  [ "$stopped" = 0 ] || break',
         f"  {shell.line(spec.program, 'status', spec.folder, '--restart')} || break",
         "done",
         'exit "$status"',
     ]
     return Artefact(
         f"{spec.name}.sh", "\n".join(lines) + "\n", ("bash", "{file}"), shell.line(spec.program, "status", spec.folder),
-        "SIGTERM to mpirun: every process stops after its step, with a checkpoint",
+        "Ctrl-C, or SIGTERM to the script: every process stops after its step, with a checkpoint",
         "the same command", "openmpi-bin, or a module of your cluster",
     )  # fmt: skip

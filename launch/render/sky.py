@@ -63,9 +63,10 @@ def _run(spec: JobSpec) -> list[str]:
         return [*path, *meet, 'export JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"', *shell.exports(spec),
                 f"exec {shell.line(spec.program, *spec.argv)}"]  # fmt: skip
     number = f'export JAX_PROCESS_ID="$((SKYPILOT_NODE_RANK * {spec.processes} + $1))"'
-    return [*path, *meet, *shell.rank(spec, number), "pids=()",
-            f'for ((i = 0; i < {spec.processes}; i++)); do rank "$i" & pids+=("$!"); done',
-            "trap 'kill -TERM \"${pids[@]}\"' TERM INT", "status=0",
+    return [*path, *meet, *shell.rank(spec, number), "pids=() status=0",
+            "trap 'kill -TERM \"${pids[@]}\" 2>/dev/null' TERM INT",
+            f'for ((i = 0; i < {spec.processes}; i++)); do (trap - TERM INT; rank "$i") & pids+=("$!"); done',
+            'while [ -n "$(jobs -pr)" ]; do wait -n; done  # a signal ends a wait early',
             'for pid in "${pids[@]}"; do wait "$pid" || status=$?; done', 'exit "$status"']  # fmt: skip
 
 

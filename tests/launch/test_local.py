@@ -1,4 +1,4 @@
-"""The script of `llama4 launch local`: what it makes of processes that fail, and of being told to stop."""
+"""Scripts that start processes here (local, mpi, sky): what they make of one that fails, and of being told to stop."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from launch.render import local
+from launch.render import local, mpi, sky
 from launch.render.job import JobSpec
 
 PROGRAM = """#!/bin/bash
@@ -51,12 +52,86 @@ def test_what_may_pass_is_tried_again_so_often(tmp_path: Path, monkeypatch: pyte
     assert subprocess.run(["bash", job]).returncode == 0
 
 
-def test_told_to_stop_it_tells_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    body = "trap 'echo told >> told; exit 75' TERM; while :; do sleep 0.1; done"
-    job = subprocess.Popen(["bash", script(tmp_path, monkeypatch, body, again=0)])
-    while not (tmp_path / "started").exists() or starts(tmp_path) < 2:
+def running(folder: Path, job: Path, *more: str) -> subprocess.Popen[bytes]:
+    """The script in a session of its own, once its processes are there and have set their traps."""
+    env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "a"}
+    made = subprocess.Popen(["bash", job, *more], env=env, cwd=folder, start_new_session=True)
+    while not (folder / "started").exists() or starts(folder) < 2:
+        assert made.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)
+    return made
+
+
+def test_told_to_stop_it_tells_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    body = "trap 'echo told >> told; exit 75' TERM; while :; do sleep 0.1; done"
+    job = running(tmp_path, script(tmp_path, monkeypatch, body, again=0))
     os.kill(job.pid, signal.SIGTERM)
     assert job.wait(timeout=60) == 75
     assert (tmp_path / "told").read_text() == "told\ntold\n" and starts(tmp_path) == 2
+
+
+COUNTS = """exec python3 -c '
+import signal, time
+def told(*_):
+    print("told", file=open("told", "a"))
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, told)
+print("ready", file=open("ready", "a"))
+until = time.monotonic() + 3
+while time.monotonic() < until:
+    time.sleep(0.1)
+raise SystemExit(75)
+'"""
+
+
+def ready(folder: Path, count: int) -> None:
+    while not (folder / "ready").exists() or len((folder / "ready").read_text().splitlines()) < count:
+        time.sleep(0.05)
+
+
+def test_a_terminals_ctrl_c_is_heard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It goes to the whole group; a second signal would end the processes without a checkpoint."""
+    job = running(tmp_path, script(tmp_path, monkeypatch, COUNTS, again=0))
+    ready(tmp_path, 2)
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(timeout=60) == 75
+    assert (tmp_path / "told").read_text() == "told\ntold\n" and starts(tmp_path) == 2
+
+
+def test_told_to_stop_between_two_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    job_file = script(tmp_path, monkeypatch, "exit 70", again=0)
+    (tmp_path / "again").unlink()
+    os.mkfifo(tmp_path / "again")
+    job = subprocess.Popen(["bash", job_file])
+    with (tmp_path / "again").open("w") as answer:  # opens once the script asks
+        os.kill(job.pid, signal.SIGTERM)
+        answer.write("0\n")
+    assert job.wait(timeout=60) == 1 and starts(tmp_path) == 2
+
+
+@pytest.mark.parametrize("how", ["script", "group"])
+def test_mpi_told_to_stop_is_not_started_again(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a stub in place of mpirun, which is told once, and waited for."""
+    script(tmp_path, monkeypatch, "", again=0)
+    (tmp_path / "mpirun").write_text(f"#!/bin/bash\nprintf 'a\\na\\n' >> started\n{COUNTS}\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    spec = JobSpec("a", ("train",), str(tmp_path / "run"), processes=2, program=str(tmp_path / "program"))
+    (tmp_path / "job").write_text(mpi.render(spec).text)
+    job = running(tmp_path, tmp_path / "job")
+    ready(tmp_path, 1)
+    (os.kill if how == "script" else os.killpg)(job.pid, signal.SIGTERM if how == "script" else signal.SIGINT)
+    assert job.wait(timeout=60) != 0
+    assert (tmp_path / "told").read_text() == "told\n" and starts(tmp_path) == 2
+
+
+def test_a_node_of_sky_waits_for_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Told to stop, they need time for a checkpoint, of which nothing is left once the script has ended."""
+    body = "trap 'sleep 1; echo saved >> saved; exit 75' TERM; while :; do sleep 0.1; done"
+    script(tmp_path, monkeypatch, body, again=0)
+    spec = JobSpec("a", ("train",), str(tmp_path / "run"), processes=2, program=str(tmp_path / "program"))
+    (tmp_path / "job").write_text(yaml.safe_load(sky.render(spec).text)["run"])
+    job = running(tmp_path, tmp_path / "job")
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait(timeout=60) == 75
+    assert (tmp_path / "saved").read_text() == "saved\nsaved\n"

@@ -36,6 +36,16 @@ def train(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"train pretrain:tiny --out run --data.sources text={corpus} {TINY} --train.steps 2"
 
 
+def test_what_is_not_installed_is_not_tried_again(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """In a job, the folder says that the next start would miss it, too."""
+    monkeypatch.setenv("LLAMA4_PROCESSES", "1")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run = tmp_path / "run"
+    assert "wandb is not installed" in error(f"train pretrain:tiny --out {run} --track wandb", capsys)
+    assert cli.main(["status", str(run), "--restart"]) == 1
+    assert "it would fail again: wandb is not installed" in capsys.readouterr().out
+
+
 def test_train_go_on_export_import(train: str, capsys):
     summary = output(train, capsys)
     assert summary["complete"] and summary["step"] == 2 and summary["folder"] == "run"

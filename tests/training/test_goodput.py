@@ -118,16 +118,28 @@ def test_the_board_of_a_run(tmp_path: Path):
         '<meta http-equiv="refresh" content="30">' in html and "&lt;b&gt;n1&lt;/b&gt;" in html and "<b>n1" not in html
     )
     assert re.search(r"goodput \d+\.\d%", html) and "Hosts and starts" in html and "11 of 20" in html
+    (tmp_path / "heartbeats").mkdir()
+    (tmp_path / "heartbeats" / "0.json").write_text(json.dumps(dict(process=0, host="n1", step=11, time=1040.0)))
+    assert "heard of, ago" in board.build(status.read(str(tmp_path)))
     status.refuse(str(tmp_path), "rank 1 (n2)", ValueError("a <script>"))
     board.write(str(tmp_path), 30)
     html = (tmp_path / "board.html").read_text()
-    assert "refresh" not in html and "a &lt;script&gt;" in html
+    assert "refresh" not in html and "heard of, ago" not in html and "a &lt;script&gt;" in html
     assert "refresh" not in page("a", [], [])
 
 
 def test_a_board_before_the_first_record(tmp_path: Path):
     run(tmp_path, starts=[dict(time=1000.0, how="local", hosts=["a"])])
     assert "No step is recorded yet" in board.build(status.read(str(tmp_path)))
+
+
+def test_each_run_of_a_process_has_its_own_account():
+    goodput.begin()
+    with goodput.spent("save"):
+        sum(range(100_000))
+    assert goodput.counted()["seconds/save"] > 0
+    goodput.begin()
+    assert not any(goodput.counted().values())
 
 
 # --- Traces
