@@ -219,7 +219,8 @@ def _sample(documents: Sequence[sources.Source], train: Sequence[np.ndarray], mo
     for source, part in zip(documents, train, strict=True):
         order = part[np.argsort(source.hashes[part], kind="stable")]
         before = np.cumsum(source.sizes[order]) - source.sizes[order]
-        for index in order[before * total < most * int(source.sizes[part].sum())]:
+        share = -(-most * int(source.sizes[part].sum()) // total)  # in Python's integers: 64 bits are too few
+        for index in order[before < share]:
             yield source[int(index)]
 
 
