@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from data.cache import fingerprint
-from data.formats import Files, files_of, json_object
+from data.formats import Files, json_object
 from data.index import Item, one_line
 
 MANIFEST = "manifest.json"
@@ -36,24 +36,21 @@ BATCH = 256  # records read at once on a pass
 _ERRORS = (RuntimeError, ValueError, IndexError, OSError, MemoryError)  # what the native reader raises
 
 
-def array_record(place: str, cache: epath.Path) -> ArrayRecords:
-    """An .array_record file, or every one in a folder."""
-    return ArrayRecords(files_of(place, "array_record"), cache)
-
-
 class ArrayRecords(Files):
-    """Records of ArrayRecord shards, a record's place being its number.
+    """An .array_record file, or every one in a folder; a record's place is its number.
 
     The native reader opens local files only, so a remote shard is copied into the cache first. It has threads of its
     own: a process that was forked after the first read cannot read.
     """
 
-    def __init__(self, files: Sequence[epath.Path], cache: epath.Path):
-        super().__init__(files)
+    kind = "array_record"
+
+    def __init__(self, place: str, cache: epath.Path):
+        super().__init__(place, cache)
         self._cache = cache
         self._lock = Lock()
         self._listed: dict[epath.Path, dict[str, Any]] = {}
-        for file in files:
+        for file in self.files:
             if file.parent not in self._listed:
                 self._listed[file.parent] = read_manifest(file.parent)
         self._reader = lru_cache(OPEN_SHARDS)(self._open)

@@ -75,14 +75,15 @@ def files_of(place: str, kind: str) -> list[epath.Path]:
 
 
 class Files:
-    """What all readers of files share."""
+    """What all readers of files share: a shard is a file, of those of a kind at or below a place."""
 
+    kind: str
     unit = "record"
 
-    def __init__(self, files: Sequence[epath.Path]):
-        self.files = list(files)
-        self.shards = [str(file) for file in files]
-        self.stats = [file.stat() for file in files]
+    def __init__(self, place: str, cache: epath.Path):
+        self.files = files_of(place, self.kind)
+        self.shards = [str(file) for file in self.files]
+        self.stats = [file.stat() for file in self.files]
 
     def stamp(self) -> Iterable[object]:
         yield type(self).__name__
@@ -95,15 +96,13 @@ class Files:
         return None
 
 
-def jsonl(place: str, cache: epath.Path) -> JsonLines:
-    """A .jsonl file, or every one in a folder: {"text": ..., "domain": ...} a line ("domain" is optional)."""
-    return JsonLines(files_of(place, "jsonl"))
-
-
 class JsonLines(Files):
-    """Objects, one a line; blank lines are no records. A line's place is its first byte and its bytes."""
+    """A .jsonl file, or every one in a folder: {"text": ..., "domain": ...} a line ("domain" is optional).
 
-    unit = "line"
+    Blank lines are no records. A line's place is its first byte and its bytes.
+    """
+
+    kind, unit = "jsonl", "line"
 
     def scan(self, shard: int) -> Iterator[Item]:
         start = number = 0
@@ -142,15 +141,10 @@ def json_object(raw: bytes) -> Mapping[str, Any]:
     return record
 
 
-def text(place: str, cache: epath.Path) -> Text:
-    """A tree of plain-text files (`TEXT_SUFFIXES`), each one document."""
-    return Text(files_of(place, "text"))
-
-
 class Text(Files):
-    """UTF-8 files, each one document."""
+    """A tree of plain-text files (`TEXT_SUFFIXES`) in UTF-8, each one document."""
 
-    unit = ""
+    kind, unit = "text", ""
 
     def scan(self, shard: int) -> Iterator[Item]:
         size = self.size(shard)
@@ -163,22 +157,17 @@ class Text(Files):
         return {"text": self.files[shard].read_bytes().removeprefix(b"\xef\xbb\xbf")}
 
 
-def parquet(place: str, cache: epath.Path) -> Parquet:
-    """A .parquet file, or every one in a folder: a column "text" (or "content") of strings, and "domain" if any."""
-    return Parquet(files_of(place, "parquet"))
-
-
 class Parquet(Files):
-    """Rows of Parquet. A row's place is its row group and its number in that.
+    """A .parquet file, or every one in a folder: a column "text" (or "content") of strings, and "domain" if any.
 
-    A read decodes a whole row group and keeps the last few, so large groups read at random are slow: `llama4 data
-    convert` makes ArrayRecord of them.
+    A row's place is its row group and its number in that. A read decodes a whole row group and keeps the last few, so
+    large groups read at random are slow: `llama4 data convert` makes ArrayRecord of them.
     """
 
-    unit = "row"
+    kind, unit = "parquet", "row"
 
-    def __init__(self, files: Sequence[epath.Path]):
-        super().__init__(files)
+    def __init__(self, place: str, cache: epath.Path):
+        super().__init__(place, cache)
         self._groups: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
         self._lock = Lock()
 

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from etils import epath
 
-from data import array_record, embedded, formats, libraries
+from data import embedded, formats, libraries
+from data.array_record import ArrayRecords
 from data.index import Index, Reader, content_hash, document, one_line, open_index
 
 if TYPE_CHECKING:
@@ -37,14 +38,11 @@ __all__ = ["EMBEDDED", "KINDS", "Source", "content_hash", "from_texts", "open_so
 
 EMBEDDED = {name: f"embedded:{name}" for name in embedded.NAMES}
 KINDS: dict[str, Callable[[str, epath.Path], Reader]] = {
-    "jsonl": formats.jsonl,
-    "parquet": formats.parquet,
-    "array_record": array_record.array_record,
-    "text": formats.text,
+    **{reader.kind: reader for reader in (formats.JsonLines, formats.Parquet, ArrayRecords, formats.Text)},
     "tfds": libraries.tfds,
     "hf": libraries.hf,
 }
-"""Kind -> the function (place, cache) that opens its records; "embedded" has none."""
+"""Kind -> what opens its records, of (place, cache); "embedded" has none."""
 
 
 @dataclass(frozen=True)

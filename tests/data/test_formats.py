@@ -153,7 +153,7 @@ def test_a_document_is_read_without_a_look_at_all_of_the_index(tmp_path):
     hashes, none = np.full(rows, index.content_hash(b"one")), np.zeros(rows, np.int32)
     found = index.Index(hashes, np.full(rows, 3), none, np.zeros(rows, np.int64), np.full(rows, length), none,
                         np.array([""]), np.array(0), np.array([]))  # fmt: skip
-    reader, places = formats.jsonl(str(tmp_path / "d.jsonl"), epath.Path(tmp_path)), np.arange(rows)
+    reader, places = formats.JsonLines(str(tmp_path / "d.jsonl"), epath.Path(tmp_path)), np.arange(rows)
     tracemalloc.start()
     try:
         assert sources._read(reader, found, places, rows - 1) == "one"

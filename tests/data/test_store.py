@@ -71,7 +71,7 @@ def test_a_remote_shard_is_copied_once_and_only_to_a_local_cache(tmp_path, store
     assert sources.open_sources({"x": place}, cache)[1][3] in fuzz.documents()
     assert [f.stat().mtime for f in (cache / "shards").iterdir()] == [written]
     with pytest.raises(ValueError, match="has to be copied, and the cache s3://bucket/cache is no local folder"):
-        ArrayRecords([epath.Path(place)], store / "cache").read(0, 0, 1)
+        ArrayRecords(place, store / "cache").read(0, 0, 1)
 
 
 def test_a_corpus_with_its_cache_in_a_store(tmp_path, store):
