@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from data.cache import fingerprint
-from data.formats import Files, json_object
+from data.formats import Files, json_item, json_object
 from data.index import Item, one_line
 
 MANIFEST = "manifest.json"
@@ -149,10 +149,7 @@ def _one(reader: Any, place: int) -> bytes | Exception:
 def _item(place: int, raw: bytes | Exception) -> Item:
     if isinstance(raw, Exception):
         return Item(place + 1, place, 1, {}, f"damaged ({one_line(raw)})")
-    try:
-        return Item(place + 1, place, 1, json_object(raw))
-    except ValueError as error:
-        return Item(place + 1, place, 1, {}, str(error))
+    return json_item(place + 1, place, 1, raw)
 
 
 def index_of(shard: epath.Path) -> epath.Path:

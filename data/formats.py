@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -114,10 +115,7 @@ class JsonLines(Files):
                         length += len(line)
                     yield Item(number, start, length, {}, f"a line of {length:,} bytes, above {MAX_DOCUMENT:,}")
                 elif line.strip():
-                    try:
-                        yield Item(number, start, length, json_object(line))
-                    except ValueError as error:
-                        yield Item(number, start, length, {}, str(error))
+                    yield json_item(number, start, length, line)
                 start += length
 
     def read(self, shard: int, start: int, length: int) -> Mapping[str, Any]:
@@ -126,19 +124,27 @@ class JsonLines(Files):
             return json_object(lines.read(length))
 
 
-def json_object(raw: bytes) -> Mapping[str, Any]:
-    """The object that UTF-8 JSON spells; ValueError in one line where it does not."""
+def json_object(raw: bytes) -> dict[str, Any]:
+    """The object that JSON in UTF-8 spells, a byte order mark before it or not; BadRecord where it does not."""
     try:
         record = json.loads(raw.decode("utf-8-sig"))  # json's own guess would take a zeroed byte for UTF-16
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise BadRecord("invalid UTF-8", f"{error.reason} at {error.start}") from error
     except RecursionError as error:
-        raise ValueError("not JSON (nested too deeply)") from error
+        raise BadRecord("not JSON", "nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"not JSON ({one_line(error)})") from error
+        raise BadRecord("not JSON", error) from error
     if not isinstance(record, dict):
         raise BadRecord("not an object", type(record).__name__)
     return record
+
+
+def json_item(number: int, start: int, length: int, raw: bytes) -> Item:
+    """The item of a record that is spelled in JSON."""
+    try:
+        return Item(number, start, length, json_object(raw))
+    except ValueError as error:
+        return Item(number, start, length, {}, str(error))
 
 
 class Text(Files):
@@ -154,7 +160,7 @@ class Text(Files):
             yield Item(1, 0, size, self.read(shard, 0, size))
 
     def read(self, shard: int, start: int, length: int) -> Mapping[str, Any]:
-        return {"text": self.files[shard].read_bytes().removeprefix(b"\xef\xbb\xbf")}
+        return {"text": self.files[shard].read_bytes().removeprefix(codecs.BOM_UTF8)}
 
 
 class Parquet(Files):

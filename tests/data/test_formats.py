@@ -104,7 +104,7 @@ def test_places_of_one_domain_are_joined_whatever_their_order(tmp_path):
 
 
 BAD = {
-    "not UTF-8": b'{"text": "\xff"}',
+    "invalid UTF-8": b'{"text": "\xff"}',
     "nested too deeply": b"[" * 100_000,
     "not JSON": b'{"text": "cut',
     'no string "text" or "content"': b'{"text": ["a"]}',
