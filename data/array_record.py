@@ -1,7 +1,7 @@
 """ArrayRecord shards of JSON records, read at random, with the indexes and the manifest that `data convert` leaves.
 
     NAME.array_record   a record is the UTF-8 JSON of {"text": ..., "domain": ..., ...}
-    NAME.index.npz      hash uint64 [N], size int64 [N], domain int32 [N] into names str; "" is none
+    NAME.index.npz      hash uint64 [N], size int64 [N] (bytes of UTF-8), domain int32 [N] into names str; "" is none
     manifest.json       {"version": 1, "documents": N, "bytes": N, "shards": [{"file": ...,
                         "documents": N, "bytes": N (of text), "size": N (of the file),
                         "hash": blake2b of 16 bytes in hexadecimal, "index_hash": ...}]}
@@ -30,7 +30,7 @@ from data.cache import fingerprint
 from data.formats import Files, json_item, json_object
 from data.index import Item, one_line
 
-MANIFEST = "manifest.json"
+MANIFEST, MANIFEST_VERSION = "manifest.json", 1
 OPEN_SHARDS = 256
 BATCH = 256  # records read at once on a pass
 _ERRORS = (RuntimeError, ValueError, IndexError, OSError, MemoryError)  # what the native reader raises
@@ -165,9 +165,9 @@ def read_manifest(folder: epath.Path, missing_ok: bool = False) -> dict[str, Any
         return {}
     try:
         listed = json.loads(path.read_bytes())
-        shards = {shard["file"]: shard for shard in listed["shards"]} if listed["version"] == 1 else None
+        shards = {shard["file"]: shard for shard in listed["shards"]} if listed["version"] == MANIFEST_VERSION else None
         if shards is None or not all(isinstance(shard["documents"], int) for shard in shards.values()):
-            raise ValueError("expected version 1, with a number of documents for every shard")
+            raise ValueError(f"expected version {MANIFEST_VERSION}, with a number of documents for every shard")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no manifest of shards: {one_line(error)}") from error
     gone = [] if missing_ok else [name for name in shards if not (folder / name).exists()]

@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple, NoReturn
 from etils import epath
 
 from data.formats import json_object
-from data.index import MAX_DOCUMENT, TEXT_FIELDS, BadRecord, document, text_name
+from data.index import MAX_DOCUMENT, BadRecord, document, text_name, text_names
 
 LIMIT = MAX_DOCUMENT  # bytes of one record: a line, a file of text, a member of a tar
 BUFFER = 1 << 17
@@ -304,7 +304,7 @@ def _columns(schema: Any, text_field: str) -> tuple[list[str], dict[str, bytes]]
         return any(test(kind.value_type if types.is_dictionary(kind) else kind) for test in kinds)
 
     # Text is often written as plain bytes; other bytes, such as images, are not read.
-    names = (text_field,) if text_field else TEXT_FIELDS
+    names = text_names(text_field)
     read = [f.name for f in schema if scalar(f.type) or (types.is_binary(f.type) and f.name in names)]
     return read, {f.name: b"" for f in schema if f.name not in read}
 
