@@ -6,25 +6,12 @@ import fsspec
 import numpy as np
 import pytest
 from etils import epath
-from object_store import Store
 
 from data import sources
 from data.array_record import ArrayRecords
 from data.config import DataConfig
 from data.loader import Corpus
 from tools import fuzz_sources as fuzz
-
-
-@pytest.fixture
-def store(monkeypatch):
-    from fsspec.registry import _registry
-
-    monkeypatch.setitem(_registry, "s3", Store)
-    monkeypatch.setattr(Store, "store", {})
-    monkeypatch.setattr(Store, "pseudo_dirs", [""])
-    Store.clear_instance_cache()
-    yield epath.Path("s3://bucket")
-    Store.clear_instance_cache()
 
 
 def put(file, store) -> str:
