@@ -40,6 +40,7 @@ class Corpus:
         self.tokenizer = tokens
         self.domains: tuple[str, ...] = tuple(source.name for source in documents)
         self.training_sizes: tuple[int, ...] = tuple(map(len, train))  # documents of each domain
+        self.heldout_sizes: tuple[int, ...] = tuple(map(len, heldout))
         self.hash = _corpus_hash(documents, train)
         counts = cache / f"tokens-{fingerprint([self.hash, tokens.hash])}.json"
         self.mean_tokens: dict[str, float] = json.loads(cached(counts, self._count_tokens))
