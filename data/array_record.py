@@ -1,7 +1,7 @@
 """ArrayRecord shards of JSON records, read at random, with the indexes and the manifest that `data convert` leaves.
 
     NAME.array_record   a record is the UTF-8 JSON of {"text": ..., "domain": ..., ...}
-    NAME.index.npz      hash uint64 [N], size int64 [N], domain int32 [N] into names str; "" is none
+    NAME.index.npz      hash uint64 [N], size int64 [N] (bytes of UTF-8), domain int32 [N] into names str; "" is none
     manifest.json       {"version": 1, "documents": N, "bytes": N, "shards": [{"file": ...,
                         "documents": N, "bytes": N (of text), "size": N (of the file),
                         "hash": blake2b of 16 bytes in hexadecimal, "index_hash": ...}]}
@@ -27,33 +27,30 @@ import numpy as np
 from etils import epath
 
 from data.cache import fingerprint
-from data.formats import Files, files_of, json_object
+from data.formats import Files, json_item, json_object
 from data.index import Item, one_line
 
-MANIFEST = "manifest.json"
+MANIFEST, MANIFEST_VERSION = "manifest.json", 1
 OPEN_SHARDS = 256
 BATCH = 256  # records read at once on a pass
 _ERRORS = (RuntimeError, ValueError, IndexError, OSError, MemoryError)  # what the native reader raises
 
 
-def array_record(place: str, cache: epath.Path) -> ArrayRecords:
-    """An .array_record file, or every one in a folder."""
-    return ArrayRecords(files_of(place, "array_record"), cache)
-
-
 class ArrayRecords(Files):
-    """Records of ArrayRecord shards, a record's place being its number.
+    """An .array_record file, or every one in a folder; a record's place is its number.
 
     The native reader opens local files only, so a remote shard is copied into the cache first. It has threads of its
     own: a process that was forked after the first read cannot read.
     """
 
-    def __init__(self, files: Sequence[epath.Path], cache: epath.Path):
-        super().__init__(files)
+    kind = "array_record"
+
+    def __init__(self, place: str, cache: epath.Path):
+        super().__init__(place, cache)
         self._cache = cache
         self._lock = Lock()
         self._listed: dict[epath.Path, dict[str, Any]] = {}
-        for file in files:
+        for file in self.files:
             if file.parent not in self._listed:
                 self._listed[file.parent] = read_manifest(file.parent)
         self._reader = lru_cache(OPEN_SHARDS)(self._open)
@@ -152,10 +149,7 @@ def _one(reader: Any, place: int) -> bytes | Exception:
 def _item(place: int, raw: bytes | Exception) -> Item:
     if isinstance(raw, Exception):
         return Item(place + 1, place, 1, {}, f"damaged ({one_line(raw)})")
-    try:
-        return Item(place + 1, place, 1, json_object(raw))
-    except ValueError as error:
-        return Item(place + 1, place, 1, {}, str(error))
+    return json_item(place + 1, place, 1, raw)
 
 
 def index_of(shard: epath.Path) -> epath.Path:
@@ -171,9 +165,9 @@ def read_manifest(folder: epath.Path, missing_ok: bool = False) -> dict[str, Any
         return {}
     try:
         listed = json.loads(path.read_bytes())
-        shards = {shard["file"]: shard for shard in listed["shards"]} if listed["version"] == 1 else None
+        shards = {shard["file"]: shard for shard in listed["shards"]} if listed["version"] == MANIFEST_VERSION else None
         if shards is None or not all(isinstance(shard["documents"], int) for shard in shards.values()):
-            raise ValueError("expected version 1, with a number of documents for every shard")
+            raise ValueError(f"expected version {MANIFEST_VERSION}, with a number of documents for every shard")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no manifest of shards: {one_line(error)}") from error
     gone = [] if missing_ok else [name for name in shards if not (folder / name).exists()]

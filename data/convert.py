@@ -28,11 +28,13 @@ from typing import Any
 
 from etils import epath
 
+from data.array_record import MANIFEST, MANIFEST_VERSION, index_of
 from data.cache import fingerprint
+from data.index import text_names
 from data.records import FORMATS, InputError, InputPart, suffix_of
 from data.shards import EXAMPLES, STATE, WRITER, Options, Seal, Task, read_json, read_seals, run_task
 
-VERSION = 1
+VERSION = 1  # of the plan
 COMPRESSION = 4  # what compressed text is taken to grow by, where tasks are cut
 EVERY = 5.0  # seconds
 Log = Callable[[str], None]
@@ -116,8 +118,8 @@ def _row_groups(file: str, options: Options) -> Iterator[InputPart]:
         except pa.ArrowInvalid as error:
             raise ValueError(f"{file} is not Parquet, or cut short ({error})") from error
         names = metadata.schema.to_arrow_schema().names
-        if not set(options.text_names) & set(names):
-            wanted = " or ".join(map(repr, options.text_names))
+        if not set(text_names(options.text_field)) & set(names):
+            wanted = " or ".join(map(repr, text_names(options.text_field)))
             raise ValueError(f"{file} has no column {wanted}; it has {', '.join(names)} (--text-field names another)")
         for group in range(metadata.num_row_groups):
             columns = [metadata.row_group(group).column(c) for c in range(metadata.num_columns)]
@@ -172,13 +174,13 @@ def convert(paths: Sequence[epath.PathLike], folder: epath.PathLike, options: Op
     else:
         seals = _run(tasks, workers, log, every)
     found = manifest(plan, [seal for task in seals for seal in task], budget)
-    (target / "manifest.json").write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+    (target / MANIFEST).write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
     return found, True
 
 
 def _prepare(folder: epath.Path, plan: Plan, again: bool) -> dict[str, Any] | None:
     """Makes the folder ready for the plan; or the manifest, where all of it is done."""
-    state, written = folder / STATE / "plan.json", folder / "manifest.json"
+    state, written = folder / STATE / "plan.json", folder / MANIFEST
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a folder for the shards")
     if folder.exists() and any(folder.iterdir()) and not state.exists():
@@ -197,8 +199,7 @@ def _prepare(folder: epath.Path, plan: Plan, again: bool) -> dict[str, Any] | No
         return None
     found = read_json(written)
     if found is not None:
-        lost = [s["file"] for s in found["shards"] if not _there(folder, s)]
-        if not lost:
+        if all(_there(folder, shard) for shard in found["shards"]):
             return found
         written.unlink()
     return None
@@ -206,8 +207,7 @@ def _prepare(folder: epath.Path, plan: Plan, again: bool) -> dict[str, Any] | No
 
 def _there(folder: epath.Path, shard: dict[str, Any]) -> bool:
     path = folder / shard["file"]
-    index = path.with_name(path.name.removesuffix(".array_record") + ".index.npz")
-    return path.exists() and path.stat().length == shard["size"] and index.exists()
+    return path.exists() and path.stat().length == shard["size"] and index_of(path).exists()
 
 
 def _differences(earlier: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -225,7 +225,7 @@ def _differences(earlier: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 def _clear(folder: epath.Path) -> None:
     """Removes a conversion: first what says that it is whole, last what says that the folder is one."""
-    (folder / "manifest.json").unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     for path in list(folder.iterdir()):
         if path.name.endswith((".array_record", ".index.npz")):
             path.unlink()
@@ -377,7 +377,7 @@ def manifest(plan: Plan, seals: Iterable[Seal], budget: float) -> dict[str, Any]
         above = f"{bad:,} of {bad + documents:,} records are bad, above the share {budget:g} of --bad-records"
         raise ValueError(f"{above}: {counts}{where}")
     return dict(
-        version=VERSION,
+        version=MANIFEST_VERSION,
         documents=documents,
         bytes=sum(shard["bytes"] for shard in shards),
         shards=shards,

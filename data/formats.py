@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -75,14 +76,15 @@ def files_of(place: str, kind: str) -> list[epath.Path]:
 
 
 class Files:
-    """What all readers of files share."""
+    """What all readers of files share: a shard is a file, of those of a kind at or below a place."""
 
+    kind: str
     unit = "record"
 
-    def __init__(self, files: Sequence[epath.Path]):
-        self.files = list(files)
-        self.shards = [str(file) for file in files]
-        self.stats = [file.stat() for file in files]
+    def __init__(self, place: str, cache: epath.Path):
+        self.files = files_of(place, self.kind)
+        self.shards = [str(file) for file in self.files]
+        self.stats = [file.stat() for file in self.files]
 
     def stamp(self) -> Iterable[object]:
         yield type(self).__name__
@@ -95,15 +97,13 @@ class Files:
         return None
 
 
-def jsonl(place: str, cache: epath.Path) -> JsonLines:
-    """A .jsonl file, or every one in a folder: {"text": ..., "domain": ...} a line ("domain" is optional)."""
-    return JsonLines(files_of(place, "jsonl"))
-
-
 class JsonLines(Files):
-    """Objects, one a line; blank lines are no records. A line's place is its first byte and its bytes."""
+    """A .jsonl file, or every one in a folder: {"text": ..., "domain": ...} a line ("domain" is optional).
 
-    unit = "line"
+    Blank lines are no records. A line's place is its first byte and its bytes.
+    """
+
+    kind, unit = "jsonl", "line"
 
     def scan(self, shard: int) -> Iterator[Item]:
         start = number = 0
@@ -115,10 +115,7 @@ class JsonLines(Files):
                         length += len(line)
                     yield Item(number, start, length, {}, f"a line of {length:,} bytes, above {MAX_DOCUMENT:,}")
                 elif line.strip():
-                    try:
-                        yield Item(number, start, length, json_object(line))
-                    except ValueError as error:
-                        yield Item(number, start, length, {}, str(error))
+                    yield json_item(number, start, length, line)
                 start += length
 
     def read(self, shard: int, start: int, length: int) -> Mapping[str, Any]:
@@ -127,30 +124,33 @@ class JsonLines(Files):
             return json_object(lines.read(length))
 
 
-def json_object(raw: bytes) -> Mapping[str, Any]:
-    """The object that UTF-8 JSON spells; ValueError in one line where it does not."""
+def json_object(raw: bytes) -> dict[str, Any]:
+    """The object that JSON in UTF-8 spells, a byte order mark before it or not; BadRecord where it does not."""
     try:
         record = json.loads(raw.decode("utf-8-sig"))  # json's own guess would take a zeroed byte for UTF-16
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise BadRecord("invalid UTF-8", f"{error.reason} at {error.start}") from error
     except RecursionError as error:
-        raise ValueError("not JSON (nested too deeply)") from error
+        raise BadRecord("not JSON", "nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"not JSON ({one_line(error)})") from error
+        raise BadRecord("not JSON", error) from error
     if not isinstance(record, dict):
         raise BadRecord("not an object", type(record).__name__)
     return record
 
 
-def text(place: str, cache: epath.Path) -> Text:
-    """A tree of plain-text files (`TEXT_SUFFIXES`), each one document."""
-    return Text(files_of(place, "text"))
+def json_item(number: int, start: int, length: int, raw: bytes) -> Item:
+    """The item of a record that is spelled in JSON."""
+    try:
+        return Item(number, start, length, json_object(raw))
+    except ValueError as error:
+        return Item(number, start, length, {}, str(error))
 
 
 class Text(Files):
-    """UTF-8 files, each one document."""
+    """A tree of plain-text files (`TEXT_SUFFIXES`) in UTF-8, each one document."""
 
-    unit = ""
+    kind, unit = "text", ""
 
     def scan(self, shard: int) -> Iterator[Item]:
         size = self.size(shard)
@@ -160,25 +160,20 @@ class Text(Files):
             yield Item(1, 0, size, self.read(shard, 0, size))
 
     def read(self, shard: int, start: int, length: int) -> Mapping[str, Any]:
-        return {"text": self.files[shard].read_bytes().removeprefix(b"\xef\xbb\xbf")}
-
-
-def parquet(place: str, cache: epath.Path) -> Parquet:
-    """A .parquet file, or every one in a folder: a column "text" (or "content") of strings, and "domain" if any."""
-    return Parquet(files_of(place, "parquet"))
+        return {"text": self.files[shard].read_bytes().removeprefix(codecs.BOM_UTF8)}
 
 
 class Parquet(Files):
-    """Rows of Parquet. A row's place is its row group and its number in that.
+    """A .parquet file, or every one in a folder: a column "text" (or "content") of strings, and "domain" if any.
 
-    A read decodes a whole row group and keeps the last few, so large groups read at random are slow: `llama4 data
-    convert` makes ArrayRecord of them.
+    A row's place is its row group and its number in that. A read decodes a whole row group and keeps the last few, so
+    large groups read at random are slow: `llama4 data convert` makes ArrayRecord of them.
     """
 
-    unit = "row"
+    kind, unit = "parquet", "row"
 
-    def __init__(self, files: Sequence[epath.Path]):
-        super().__init__(files)
+    def __init__(self, place: str, cache: epath.Path):
+        super().__init__(place, cache)
         self._groups: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
         self._lock = Lock()
 

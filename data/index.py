@@ -23,6 +23,7 @@ TEXT_FIELDS = ("text", "content")
 SHOWN = 3  # of the bad records
 REPORT_EVERY = 10.0  # seconds
 VERSION = 2  # of the index's own form
+_TYPES = {"Q": np.uint64, "q": np.int64, "i": np.int32}  # of the columns of a pass, by their arrays' typecodes
 
 
 def content_hash(text: bytes) -> int:
@@ -107,9 +108,14 @@ class BadRecord(ValueError):
         return f"{self.reason} ({one_line(self.detail)})" if self.detail else self.reason
 
 
+def text_names(text_field: str = "") -> tuple[str, ...]:
+    """The fields that may hold a record's text: `text_field`, or "text" and "content"."""
+    return (text_field,) if text_field else TEXT_FIELDS
+
+
 def text_name(record: Mapping[str, Any], text_field: str = "") -> str:
-    """The field that holds a record's text: `text_field`, or the first string among "text" and "content"."""
-    names = (text_field,) if text_field else TEXT_FIELDS
+    """The field that holds a record's text, the first string among `text_names`; BadRecord where there is none."""
+    names = text_names(text_field)
     name = next((n for n in names if isinstance(record.get(n), str | bytes)), None)
     if name is None:
         raise BadRecord("no string " + " or ".join(f'"{n}"' for n in names), f"fields: {', '.join(record) or 'none'}")
@@ -175,8 +181,13 @@ def _over(bad: int, records: int, what: str, budget: float, first: list[str]) ->
 
 
 def _save(index: Index) -> bytes:
+    return npz(**{field.name: getattr(index, field.name) for field in fields(Index)})
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    """The content of an .npz file of these arrays."""
     output = io.BytesIO()
-    np.savez(output, **{field.name: getattr(index, field.name) for field in fields(Index)})
+    np.savez(output, **arrays)  # type: ignore
     return output.getvalue()
 
 
@@ -204,9 +215,8 @@ class _Pass:
                     self._report(done, total)
             done += self.reader.size(shard)
         self._estimate(total)
-        types = {"Q": np.uint64, "q": np.int64, "i": np.int32}
         return Index(
-            **{name: np.array(column, types[column.typecode]) for name, column in self.columns.items()},
+            **{name: np.array(column, _TYPES[column.typecode]) for name, column in self.columns.items()},
             names=np.array(list(self.names), np.str_),
             bad=np.array(self.bad, np.int64),
             first_bad=np.array(self.first_bad, np.str_),
@@ -218,9 +228,8 @@ class _Pass:
         new = dict(hash=known["hash"], size=known["size"], shard=np.full(count, shard, np.int32),
                    start=np.arange(count), length=np.ones(count, np.int64),
                    domain=numbers[known["domain"]] if count else numbers[:0])  # fmt: skip
-        types = {"Q": np.uint64, "q": np.int64, "i": np.int32}
         for name, column in self.columns.items():
-            column.frombytes(np.ascontiguousarray(new[name], types[column.typecode]).tobytes())
+            column.frombytes(np.ascontiguousarray(new[name], _TYPES[column.typecode]).tobytes())
 
     def _add(self, shard: int, item: Item) -> None:
         why = item.why

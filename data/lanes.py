@@ -25,8 +25,6 @@ WINDOW_ROWS = 4  # at least
 OF_A_PASS = 8  # windows of a lane's pass over the corpus, where they can be so small: passes mix within a window
 SLACK = 16  # a window is packed from a sixteenth more than it holds; what fits least waits for the next one
 SLACK_DOCUMENTS = 16  # or from so many documents more, of its mean length, if that is less
-
-
 HELD = 16  # spans that are taken out of a window of short documents at most
 DEALT = 16  # rows of a window at most that are made alike; of more, any order evens out
 FILLS = 64  # rows are told apart by their fill in so many steps

@@ -63,7 +63,7 @@ def tfds(place: str, cache: epath.Path) -> Examples:
     try:
         if epath.Path(name).is_dir():
             builder = tensorflow_datasets.builder_from_directory(name)
-        elif name.startswith((".", "/", "~")) or "://" in name.partition("@")[0]:
+        elif name.startswith((".", "/", "~")) or "://" in dataset:
             raise FileNotFoundError(f"nothing at {name}")
         else:
             builder = tensorflow_datasets.builder(dataset, data_dir=data_dir if at else None)

@@ -40,6 +40,7 @@ class Corpus:
         self.tokenizer = tokens
         self.domains: tuple[str, ...] = tuple(source.name for source in documents)
         self.training_sizes: tuple[int, ...] = tuple(map(len, train))  # documents of each domain
+        self.heldout_sizes: tuple[int, ...] = tuple(map(len, heldout))
         self.hash = _corpus_hash(documents, train)
         counts = cache / f"tokens-{fingerprint([self.hash, tokens.hash])}.json"
         self.mean_tokens: dict[str, float] = json.loads(cached(counts, self._count_tokens))
@@ -219,7 +220,8 @@ def _sample(documents: Sequence[sources.Source], train: Sequence[np.ndarray], mo
     for source, part in zip(documents, train, strict=True):
         order = part[np.argsort(source.hashes[part], kind="stable")]
         before = np.cumsum(source.sizes[order]) - source.sizes[order]
-        for index in order[before * total < most * int(source.sizes[part].sum())]:
+        share = -(-most * int(source.sizes[part].sum()) // total)  # in Python's integers: 64 bits are too few
+        for index in order[before < share]:
             yield source[int(index)]
 
 

@@ -24,7 +24,8 @@ from typing import IO, Any, NamedTuple, NoReturn
 
 from etils import epath
 
-from data.index import MAX_DOCUMENT, TEXT_FIELDS, BadRecord, document, text_name
+from data.formats import json_object
+from data.index import MAX_DOCUMENT, BadRecord, document, text_name, text_names
 
 LIMIT = MAX_DOCUMENT  # bytes of one record: a line, a file of text, a member of a tar
 BUFFER = 1 << 17
@@ -189,7 +190,7 @@ def _lines(part: InputPart, file: _Counted, text_field: str) -> Iterator[tuple[i
         elif not line.strip():
             continue
         else:
-            load = partial(_object, line if at else line.removeprefix(codecs.BOM_UTF8))
+            load = partial(json_object, line)
         yield at if part.start else number, load
 
 
@@ -262,7 +263,7 @@ def _sample(key: str, members: list[tuple[str, bytes | BadRecord | None]]) -> di
             raise content
     for extension, content in sorted(members, key=lambda member: member[0]):  # json before txt, which prevails
         if extension == "json" and isinstance(content, bytes):
-            fields |= _object(content)
+            fields |= json_object(content)
         else:
             fields["text" if extension == "txt" else extension] = b"" if content is None else content
     return fields
@@ -303,7 +304,7 @@ def _columns(schema: Any, text_field: str) -> tuple[list[str], dict[str, bytes]]
         return any(test(kind.value_type if types.is_dictionary(kind) else kind) for test in kinds)
 
     # Text is often written as plain bytes; other bytes, such as images, are not read.
-    names = (text_field,) if text_field else TEXT_FIELDS
+    names = text_names(text_field)
     read = [f.name for f in schema if scalar(f.type) or (types.is_binary(f.type) and f.name in names)]
     return read, {f.name: b"" for f in schema if f.name not in read}
 
@@ -321,24 +322,6 @@ def _row(columns: list[str], values: list[Any], row: int, fixed: dict[str, bytes
         return {name: column[row].as_py() for name, column in zip(columns, values, strict=True)} | fixed
     except UnicodeDecodeError as error:
         raise BadRecord("invalid UTF-8", error.reason) from error
-
-
-def _object(line: bytes) -> dict[str, Any]:
-    text = _utf8(line)
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("not JSON", error) from error
-    if not isinstance(fields, dict):
-        raise BadRecord("not an object", type(fields).__name__)
-    return fields
-
-
-def _utf8(text: bytes | str) -> str:
-    try:
-        return text.decode() if isinstance(text, bytes) else text
-    except UnicodeDecodeError as error:
-        raise BadRecord("invalid UTF-8", f"{error.reason} at {error.start}") from error
 
 
 def _refuse(reason: str, detail: object = "") -> NoReturn:

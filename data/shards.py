@@ -1,9 +1,7 @@
 """Shards of ArrayRecord: the options of a conversion, its tasks, and `run_task`, which writes the shards of one.
 
-Beside a shard NAME-00003-00000.array_record (one JSON object a record, read at random) lie
-
-NAME-00003-00000.index.npz      hash uint64 [N], size int64 [N] (bytes of UTF-8), domain int32 [N] into names (str)
-.convert/NAME-00003-00000.json  its seal, written last: what it holds, and the hashes of both files
+Of a shard NAME-00003-00000.array_record and the index beside it (`data/array_record.py` has the form of both) the file
+.convert/NAME-00003-00000.json is the seal, written last: what the shard holds, and the hashes of both files.
 
 Object stores know neither rename nor append nor locks: a shard counts only when its seal agrees with its files.
 ArrayRecord and the index are written deterministically, so concurrent or repeated writers of a shard agree.
@@ -12,7 +10,6 @@ ArrayRecord and the index are written deterministically, so concurrent or repeat
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import shutil
@@ -27,9 +24,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from etils import epath
 
-from data.index import TEXT_FIELDS
+from data.array_record import index_of
+from data.index import content_hash, npz
 from data.records import FORMATS, BadRecord, Converted, InputError, InputPart, converted, records
-from data.sources import content_hash
 
 WRITER = "group_size:1,zstd:3"
 STATE = ".convert"
@@ -82,10 +79,6 @@ class Options:
             raise ValueError(f"shards of {self.shard_mb} MiB: at least 1 is needed")
         if wrong := [s for s in self.plain if not s.startswith(".") or s in FORMATS]:
             raise ValueError(f"{wrong[0]!r} is no suffix of plain text: give one as in .txt")
-
-    @property
-    def text_names(self) -> tuple[str, ...]:
-        return (self.text_field,) if self.text_field else TEXT_FIELDS
 
 
 @dataclass(frozen=True)
@@ -267,19 +260,16 @@ class _Shard:
         if self._scratch is not None:
             with self._file.open("rb") as source, (self._folder / self._file.name).open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
-        index = self._folder / f"{self._stem}.index.npz"
+        index = index_of(self._folder / self._file.name)
         content = self._index()
         index.write_bytes(content)
         self.close()
         return [shard, (index.name, len(content), hashlib.blake2b(content, digest_size=16).hexdigest())]
 
     def _index(self) -> bytes:
-        output = io.BytesIO()
-        np.savez(
-            output,
+        return npz(
             hash=np.array(self._hashes, np.uint64),
             size=np.array(self._sizes, np.int64),
             domain=np.array(self._domains, np.int32),
             names=np.array(list(self._names), np.str_),
         )
-        return output.getvalue()

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from etils import epath
 
-from data import array_record, embedded, formats, libraries
+from data import embedded, formats, libraries
+from data.array_record import ArrayRecords
 from data.index import Index, Reader, content_hash, document, one_line, open_index
 
 if TYPE_CHECKING:
@@ -37,14 +38,11 @@ __all__ = ["EMBEDDED", "KINDS", "Source", "content_hash", "from_texts", "open_so
 
 EMBEDDED = {name: f"embedded:{name}" for name in embedded.NAMES}
 KINDS: dict[str, Callable[[str, epath.Path], Reader]] = {
-    "jsonl": formats.jsonl,
-    "parquet": formats.parquet,
-    "array_record": array_record.array_record,
-    "text": formats.text,
+    **{reader.kind: reader for reader in (formats.JsonLines, formats.Parquet, ArrayRecords, formats.Text)},
     "tfds": libraries.tfds,
     "hf": libraries.hf,
 }
-"""Kind -> the function (place, cache) that opens its records; "embedded" has none."""
+"""Kind -> what opens its records, of (place, cache); "embedded" has none."""
 
 
 @dataclass(frozen=True)
@@ -120,15 +118,21 @@ def _open(name: str, place: str, cache: epath.Path, bad_records: float,
 
 def _read(reader: Reader, index: Index, rows: np.ndarray, i: int) -> str:
     row = int(rows[i])
-    shard = int(index.shard[row])
-    place = f"{reader.shards[shard]}, document {row - int(np.searchsorted(index.shard, shard)) + 1:,}"
     try:
-        raw, _ = document(reader.read(shard, int(index.start[row]), int(index.length[row])))
+        raw, _ = document(reader.read(int(index.shard[row]), int(index.start[row]), int(index.length[row])))
     except ValueError as error:
-        raise ValueError(f"{place}: cannot be read any more: {one_line(error)}") from error
+        raise ValueError(f"{_where(reader, index, row)}: cannot be read any more: {one_line(error)}") from error
     if content_hash(raw) != index.hash[row]:
-        raise ValueError(f"{place}: is not what its index says; it was changed since it was indexed")
+        raise ValueError(
+            f"{_where(reader, index, row)}: is not what its index says; it was changed since it was indexed"
+        )
     return raw.decode()
+
+
+def _where(reader: Reader, index: Index, row: int) -> str:
+    """A document's file and number, for messages."""
+    shard = index.shard[row]  # of the array's own type: for an int of Python's all of it would be converted
+    return f"{reader.shards[shard]}, document {row - int(np.searchsorted(index.shard, shard)) + 1:,}"
 
 
 def _joined(parts: Sequence[Source]) -> Source:

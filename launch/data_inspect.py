@@ -67,17 +67,16 @@ def describe(
 ) -> dict[str, Any]:
     """Counts by domain, and of the batches from `step` on. The corpus's tokens are estimates (see `Corpus`); the rest
     is exact."""
-    from data import sources
     from data.contents import Counts, pieces
 
-    parts = zip(corpus.sources, *sources.split(corpus.sources, cfg.data.heldout), strict=True)
+    parts = zip(corpus.sources, corpus.training_sizes, corpus.heldout_sizes, strict=True)
     domains = {
         source.name: dict(
             documents=len(source),
-            train=len(train),
-            heldout=len(heldout),
+            train=train,
+            heldout=heldout,
             bytes=int(source.sizes.sum()),
-            tokens=round(corpus.mean_tokens[source.name] * len(train)),
+            tokens=round(corpus.pass_tokens[source.name]),
             share=round(corpus.shares[source.name], 4),
         )
         for source, train, heldout in parts

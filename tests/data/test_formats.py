@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tracemalloc
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -103,7 +104,7 @@ def test_places_of_one_domain_are_joined_whatever_their_order(tmp_path):
 
 
 BAD = {
-    "not UTF-8": b'{"text": "\xff"}',
+    "invalid UTF-8": b'{"text": "\xff"}',
     "nested too deeply": b"[" * 100_000,
     "not JSON": b'{"text": "cut',
     'no string "text" or "content"': b'{"text": ["a"]}',
@@ -143,6 +144,22 @@ def test_a_changed_file_is_not_read_by_its_old_index(tmp_path):
     assert found[0] == "one"
     with pytest.raises(ValueError, match=r"d\.jsonl, document 2: is not what its index says"):
         found[1]
+
+
+def test_a_document_is_read_without_a_look_at_all_of_the_index(tmp_path):
+    """One of a million rows: what a read takes does not grow with them."""
+    lines(tmp_path / "d.jsonl", [{"text": "one"}])
+    rows, length = 10**6, (tmp_path / "d.jsonl").stat().st_size
+    hashes, none = np.full(rows, index.content_hash(b"one")), np.zeros(rows, np.int32)
+    found = index.Index(hashes, np.full(rows, 3), none, np.zeros(rows, np.int64), np.full(rows, length), none,
+                        np.array([""]), np.array(0), np.array([]))  # fmt: skip
+    reader, places = formats.JsonLines(str(tmp_path / "d.jsonl"), epath.Path(tmp_path)), np.arange(rows)
+    tracemalloc.start()
+    try:
+        assert sources._read(reader, found, places, rows - 1) == "one"
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_long_pass_says_how_far_it_is(tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ import pytest
 from data.batch import FIELDS, Batch
 from data.config import DataConfig
 from data.lanes import DataEnds
-from data.loader import Corpus, documents_read, ledger, merged, tokens_of_stages
+from data.loader import Corpus, _sample, documents_read, ledger, merged, tokens_of_stages
+from data.sources import Source
 
 GRID = dict(seq_len=64, chunk=16)
 
@@ -65,6 +66,16 @@ def test_opening_again_reuses_the_tokenizer(cfg, tmp_path, monkeypatch):
     assert (first.tokenizer.hash, first.hash, first.shares) == (second.tokenizer.hash, second.hash, second.shares)
     assert first.domains == ("long", "short") and sum(first.shares.values()) == pytest.approx(1)
     assert len(lines) == 2 and "long" in lines[0] and "held out" in lines[0]
+
+
+def test_a_tokenizer_is_trained_on_a_sample_however_large_the_corpus():
+    """Of 20 and 10 TB: sums of bytes whose products pass 64 bits."""
+    sizes = {"a": np.full(20_000, 10**9), "b": np.full(10_000, 10**9)}
+    documents = [Source(name, np.arange(len(of), dtype=np.uint64), of, f"{name} {{}}".format)
+                 for name, of in sizes.items()]  # fmt: skip
+    parts = [np.arange(len(source)) for source in documents]
+    assert list(_sample(documents, parts, 9 * 10**9)) == [f"{d} {n}" for d, most in (("a", 6), ("b", 3))
+                                                          for n in range(most)]  # fmt: skip
 
 
 def test_a_tokenizer_may_be_named(cfg, corpus, files, tmp_path):

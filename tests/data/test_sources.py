@@ -75,6 +75,14 @@ def test_an_empty_domain_is_none(tmp_path):
     assert records.converted({"text": "a", "domain": ""}).domain == ""
 
 
+def test_a_byte_order_mark_before_a_record_is_none_of_it(tmp_path):
+    """Here as in a conversion: files that were put together have some in their middle."""
+    (tmp_path / "d.jsonl").write_text("".join(f'\ufeff{{"text": "{text}"}}\n' for text in "ab"))
+    (source,) = jsonl(tmp_path / "d.jsonl", epath.Path(tmp_path / "cache"))
+    part = records.InputPart(str(tmp_path / "d.jsonl"), "lines", 0, 0)
+    assert texts(source) == [load()["text"] for _, load in records.records(part, "", lambda read: None)] == ["a", "b"]
+
+
 def test_nothing_to_read_is_said(tmp_path):
     cache = epath.Path(tmp_path / "cache")
     with pytest.raises(FileNotFoundError, match=r"nothing at .*gone"):

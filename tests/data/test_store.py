@@ -6,25 +6,12 @@ import fsspec
 import numpy as np
 import pytest
 from etils import epath
-from object_store import Store
 
 from data import sources
 from data.array_record import ArrayRecords
 from data.config import DataConfig
 from data.loader import Corpus
 from tools import fuzz_sources as fuzz
-
-
-@pytest.fixture
-def store(monkeypatch):
-    from fsspec.registry import _registry
-
-    monkeypatch.setitem(_registry, "s3", Store)
-    monkeypatch.setattr(Store, "store", {})
-    monkeypatch.setattr(Store, "pseudo_dirs", [""])
-    Store.clear_instance_cache()
-    yield epath.Path("s3://bucket")
-    Store.clear_instance_cache()
 
 
 def put(file, store) -> str:
@@ -71,7 +58,7 @@ def test_a_remote_shard_is_copied_once_and_only_to_a_local_cache(tmp_path, store
     assert sources.open_sources({"x": place}, cache)[1][3] in fuzz.documents()
     assert [f.stat().mtime for f in (cache / "shards").iterdir()] == [written]
     with pytest.raises(ValueError, match="has to be copied, and the cache s3://bucket/cache is no local folder"):
-        ArrayRecords([epath.Path(place)], store / "cache").read(0, 0, 1)
+        ArrayRecords(place, store / "cache").read(0, 0, 1)
 
 
 def test_a_corpus_with_its_cache_in_a_store(tmp_path, store):

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from data import convert as conversion
 from data import sources
+from data.config import DataConfig
+from data.shards import Options
 from launch import cli, data_verify
 from launch import data_convert as convert
 from launch.cli import Parser
@@ -55,6 +58,20 @@ def test_it_says_what_it_did_and_that_there_is_nothing_to_do(tmp_path: Path, cap
     facts = json.loads(captured.out)
     assert not facts["fresh"] and facts["documents"] == 10 and facts["skipped"] == {"not JSON": 1}
     assert "nothing to do, it is all there" in captured.err
+
+
+def test_what_is_not_given_is_as_in_the_library(monkeypatch):
+    """The command names the defaults itself, so that its help comes at once."""
+    seen: list[object] = []
+
+    def note(paths, folder, options, *, budget, **rest):
+        seen.extend((options, budget))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion, "convert", note)
+    with pytest.raises(KeyboardInterrupt):
+        run("in --to out")
+    assert seen == [Options(), DataConfig().bad_records]
 
 
 def test_verify_names_what_is_damaged(tmp_path: Path, capsys):
