@@ -24,8 +24,9 @@ from launch.cli import Parser
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = (
-    "import sys; from launch import data_convert as convert; from launch.cli import Parser\n"
+    "import signal, sys; from launch import data_convert as convert; from launch.cli import Parser\n"
     "if __name__ == '__main__':\n"
+    "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored\n"
     "    convert.add_arguments(parser := Parser())\n"
     "    try:\n        sys.exit(convert.run(parser.parse_args()))\n"
     "    except KeyboardInterrupt:\n        sys.exit(130)"
