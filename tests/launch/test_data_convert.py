@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MAIN = (
     "import signal, sys; from launch import data_convert as convert; from launch.cli import Parser\n"
     "if __name__ == '__main__':\n"
-    "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored\n"
+    "    signal.signal(signal.SIGINT, signal.default_int_handler)  # one in the background ignores it\n"
     "    convert.add_arguments(parser := Parser())\n"
     "    try:\n        sys.exit(convert.run(parser.parse_args()))\n"
     "    except KeyboardInterrupt:\n        sys.exit(130)"
