@@ -356,22 +356,27 @@ def run_record(cfg: RunConfig, tokenizer: str) -> dict[str, Any]:
 
 def check_resumable(stored: Mapping[str, Any], current: Mapping[str, Any], where: str, done: int) -> list[str]:
     """Lines `field: old -> new` of changes that are harmless after `done` steps; ValueError for one that would make it
-    another run."""
+    another run. A field that came after the checkpoint was written had its default there."""
     if stored["tokenizer"] != current["tokenizer"]:
         raise ValueError(f"{where} was trained with tokenizer {stored['tokenizer']}, not {current['tokenizer']}")
-    old, new = flat(stored["config"]), flat(current["config"])
+    old = _with_defaults(RunConfig, stored["config"])
     stages = [side["config"].get("stages", ()) for side in (stored, current)]
     begun = {str(i) for some in stages for i, stage in enumerate(some) if stage["after"] < done}
-    changes = []
-    for field in sorted({*old, *new}):
-        was, now = old.get(field, "absent"), new.get(field, "absent")
-        if was != now and not _free(field, begun):
+    changes = changed(old, current["config"])
+    for field, (was, now) in changes.items():
+        if not _free(field, begun):
             raise ValueError(
                 f"{where} was trained with {field} = {was!r}, not {now!r}: restore that value, or use another folder"
             )
-        if was != now:
-            changes.append(f"{field}: {was} -> {now}")
-    return changes
+    return [f"{field}: {was} -> {now}" for field, (was, now) in changes.items()]
+
+
+def changed(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Of two trees of JSON the leaves that differ, (old, new) by their dotted paths; "absent" where there is none."""
+    pairs, before, after = {}, flat(old), flat(new)
+    for path in sorted({*before, *after}):
+        pairs[path] = before.get(path, "absent"), after.get(path, "absent")
+    return {path: (was, now) for path, (was, now) in pairs.items() if was != now}
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -401,6 +406,29 @@ def load_config(folder: str | epath.Path, step: int | None = None) -> RunConfig:
 def config_from_json(tree: Mapping[str, Any]) -> RunConfig:
     """The RunConfig whose `dataclasses.asdict` is `tree`; ValueError naming an unknown or missing field."""
     return _build(RunConfig, tree, "config")
+
+
+def _with_defaults(kind: Any, value: Any) -> Any:
+    """JSON of a value of type `kind`, and the defaults of those fields that it lacks."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict and isinstance(value, Mapping):
+        return {key: _with_defaults(args[1], sub) for key, sub in value.items()}
+    if origin is tuple and isinstance(value, list):
+        return [_with_defaults(args[0], sub) for sub in value]
+    if origin is types.UnionType:  # of a dataclass and None
+        kind = args[0]
+    if not dataclasses.is_dataclass(kind) or not isinstance(value, Mapping):
+        return value
+    hints, filled = typing.get_type_hints(kind), dict(value)
+    for field in dataclasses.fields(kind):
+        if field.name in filled:
+            filled[field.name] = _with_defaults(hints[field.name], filled[field.name])
+        elif field.default is not dataclasses.MISSING:
+            filled[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default: Any = field.default_factory()
+            filled[field.name] = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
+    return json.loads(json.dumps(filled))
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
