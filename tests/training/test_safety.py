@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,6 +212,27 @@ def test_a_lease_runs_out(tmp_path, monkeypatch):
     Lease(folder)._done.set()  # dies, and leaves its lease behind
     (folder / "lease.json").write_text(json.dumps(json.loads((folder / "lease.json").read_text()) | {"until": 0.0}))
     Lease(folder).release()
+
+
+def test_a_lease_outlives_a_hiccup(tmp_path, monkeypatch):
+    """A renewal that fails does not end the renewing, and none comes after the release."""
+    monkeypatch.setattr("training.lock.SETTLES", 0.0)
+    monkeypatch.setattr("training.lock.LASTS", 0.03)
+    real, calls, again = Lease._renew, [], threading.Event()
+
+    def renew(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(5, "a hiccup")
+        real(self)
+        if len(calls) > 3:
+            again.set()
+
+    monkeypatch.setattr(Lease, "_renew", renew)
+    lease = Lease(epath.Path(tmp_path))
+    assert again.wait(20)
+    lease.release()
+    assert not (tmp_path / "lease.json").exists() and not lease._keeper.is_alive()
 
 
 STUCK = """
