@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from data.loader import Corpus
 from tools import chaos_run as runs
 from tools.chaos_run import EVALUATES, EVERY, STEPS, Child, config, story
@@ -417,14 +419,10 @@ def lock(chaos: Chaos) -> Iterator[Row]:
 
 def newest(cfg: RunConfig) -> int | None:
     """Step of the newest complete checkpoint."""
-    folder = Path(cfg.folder) / "checkpoints"
-    found = folder.iterdir() if folder.exists() else ()
-    return max((int(f.name) for f in found if f.name.isdecimal() and (f / manifest.FILE).exists()), default=None)
+    return max(manifest.finished(epath.Path(cfg.folder) / "checkpoints"), default=None)
 
 
 def checkpoint(cfg: RunConfig, step: int) -> Any:
-    from etils import epath
-
     return epath.Path(cfg.folder) / "checkpoints" / str(step)
 
 

@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Callable, Container, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -100,8 +101,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Of the complete checkpoints, in order; whether they are good is not looked at."""
-        names = [f.name for f in self.folder.iterdir() if f.name.isdecimal() and (f / manifest.FILE).exists()]
-        return sorted(map(int, names))
+        return manifest.finished(self.folder)
 
     @property
     def latest(self) -> int | None:
@@ -202,8 +202,9 @@ class Checkpoints:
             return
         for old in self.steps[: -self._keep]:
             if not (self._keep_every and old % self._keep_every == 0):
-                manifest.persist((self.path(old) / manifest.FILE).unlink)
-                manifest.persist(self.path(old).rmtree)
+                # A store may do it and lose the answer: then there is nothing left to do.
+                manifest.persist(partial((self.path(old) / manifest.FILE).unlink, missing_ok=True))
+                manifest.persist(partial(self.path(old).rmtree, missing_ok=True))
 
     def check(self) -> None:
         """OSError if a save has failed in the background; returns at once."""
@@ -228,12 +229,9 @@ class Checkpoints:
         found = [f for f in self.folder.iterdir() if "orbax-checkpoint-tmp" in f.name]
         if _in_store(self.folder):
             numbered = [f for f in self.folder.iterdir() if f.name.isdecimal()]
-            found += [f for f in numbered if not (f / "commit_success.txt").exists() and not self._sealed(f)]
+            marks = ("commit_success.txt", manifest.FILE)
+            found += [f for f in numbered if not any((f / mark).exists() for mark in marks)]
         return found
-
-    @staticmethod
-    def _sealed(folder: epath.Path) -> bool:
-        return (folder / manifest.FILE).exists()
 
     def _others(self, step: int) -> str:
         others = [s for s in self.steps if s != step]

@@ -9,6 +9,8 @@ from typing import Any
 
 from etils import epath
 
+from training import manifest
+
 REFUSED = "refused.json"
 """What a process leaves that ended for a reason which would end it again: wrong input, a loss that is not finite."""
 STARTS = "starts.jsonl"
@@ -46,10 +48,7 @@ def read(folder: str | epath.Path) -> dict[str, Any]:
     records = [one for one in lines(place / "metrics.jsonl") if isinstance(one.get("step"), int)]
     config, starts = _json(place / "config.json"), lines(place / STARTS)
     last = records[-1] if records else {}
-    checkpoints = place / "checkpoints"
-    saved = (
-        sorted(int(one.name) for one in checkpoints.iterdir() if one.name.isdecimal()) if checkpoints.exists() else []
-    )
+    saved = manifest.finished(place / "checkpoints")
     steps = (config.get("train") or {}).get("steps")
     found = dict(folder=str(folder), name=config.get("name"), step=last.get("step", 0), steps=steps, saved=saved,
                  last=last, starts=starts, refused=_json(place / REFUSED) or None,

@@ -93,6 +93,8 @@ def test_states(tmp_path: Path):
     status.refuse(str(tmp_path), "rank 1 (n2)", ValueError("wrong\ninput"))
     assert status.restart(status.read(str(tmp_path))) == (False, "it would fail again: wrong input")
     (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    assert status.read(str(tmp_path))["state"] == "refused", "a save that was broken off is no checkpoint"
+    (tmp_path / "checkpoints" / "20" / "manifest.json").write_text("{}")
     assert status.read(str(tmp_path))["state"] == "complete" and not status.restart(status.read(str(tmp_path)))[0]
 
 
