@@ -61,11 +61,15 @@ def state(found: Mapping[str, Any], now: float | None = None) -> str:
     """complete, refused, stopped, running or silent: what the newest of a run's traces says."""
     now = time.time() if now is None else now
     began = found["starts"][-1]["time"] if found["starts"] else 0.0
-    if found["steps"] and found["saved"] and found["saved"][-1] >= found["steps"]:
+    stopped = bool(found["stopped"]) and found["stopped"].get("time", 0) >= began
+    saved = bool(found["steps"] and found["saved"]) and found["saved"][-1] >= found["steps"]
+    if saved and not (
+        stopped and found["step"] < found["steps"]
+    ):  # in its last evaluation: its record is still to come
         return "complete"
     if found["refused"]:
         return "refused"
-    if found["stopped"] and found["stopped"].get("time", 0) >= began:
+    if stopped:
         return "stopped"
     heard = max([began, found["last"].get("time", 0), *(beat.get("time", 0) for beat in found["heartbeats"])])
     return "running" if now - heard < max(SILENT, 10 * found["last"].get("seconds_per_step", 0)) else "silent"

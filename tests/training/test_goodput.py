@@ -95,6 +95,9 @@ def test_states(tmp_path: Path):
     (tmp_path / "checkpoints" / "20").mkdir(parents=True)
     assert status.read(str(tmp_path))["state"] == "refused", "a save that was broken off is no checkpoint"
     (tmp_path / "checkpoints" / "20" / "manifest.json").write_text("{}")
+    (tmp_path / status.REFUSED).unlink()
+    assert status.read(str(tmp_path))["state"] == "stopped" and status.restart(status.read(str(tmp_path)))[0]
+    run(tmp_path, metrics=[record(20, 1030.0)])
     assert status.read(str(tmp_path))["state"] == "complete" and not status.restart(status.read(str(tmp_path)))[0]
 
 
