@@ -32,8 +32,9 @@ from training.recheck import rechecked
 from training.reporter import Kept, Pending, Reporter
 from training.start import CONFIG, check_init, initial_state, open_targets
 from training.state import abstract_state
+from training.status import STOPPED
 from training.step import make_train_step
-from training.stop import MARKER, Stop
+from training.stop import Stop
 from training.target_sources import read_ahead
 from training.watchdog import Watchdog
 from training.weighting import DOMAINS
@@ -91,7 +92,7 @@ def train(
             write_config(folder, cfg)
             if begun:
                 begun()
-            (folder / MARKER).unlink(missing_ok=True)
+            (folder / STOPPED).unlink(missing_ok=True)
             corpus.tokenizer.save(folder)
             writers = stack.enter_context(closing(Writers(folder, start)))
             if newest is None:

@@ -16,7 +16,9 @@ REFUSED = "refused.json"
 STARTS = "starts.jsonl"
 """A line for every start of the run: when, on which hosts, started by what."""
 STOPPED = "requeue.json"
-"""What a run leaves that was told to stop."""
+"""What a run leaves that was told to stop: whoever reads it may start the run again."""
+HEARTBEATS = "heartbeats"
+"""The folder in which every process says now and then what it does (`training/watchdog.py`)."""
 SILENT = 600.0
 """Seconds without a record after which a run is not believed to go on, or ten of its steps."""
 
@@ -53,7 +55,7 @@ def read(folder: str | epath.Path) -> dict[str, Any]:
     found = dict(folder=str(folder), name=config.get("name"), step=last.get("step", 0), steps=steps, saved=saved,
                  last=last, starts=starts, refused=_json(place / REFUSED) or None,
                  stopped=_json(place / STOPPED) or None,
-                 heartbeats=_heartbeats(place))  # fmt: skip
+                 heartbeats=heartbeats(place))  # fmt: skip
     return found | dict(state=state(found))
 
 
@@ -106,6 +108,7 @@ def lines(file: epath.Path) -> list[dict[str, Any]]:
     return found
 
 
-def _heartbeats(place: epath.Path) -> list[dict[str, Any]]:
-    folder = place / "heartbeats"
+def heartbeats(place: epath.Path) -> list[dict[str, Any]]:
+    """The newest of every process of a run; one that is being written is left out."""
+    folder = place / HEARTBEATS
     return [beat for file in sorted(folder.glob("*.json")) if (beat := _json(file))] if folder.exists() else []

@@ -15,10 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from etils import epath
+
+from training import status
 
 STUCK = 70
 """Exit status of a process that the watchdog ended."""
@@ -39,7 +40,7 @@ class Watchdog:
 
     def __init__(self, folder: epath.Path, seconds: int):
         """`seconds` without a beat after which the process ends; 0: never."""
-        self._folder, self._seconds = folder / "heartbeats", seconds
+        self._folder, self._seconds = folder / status.HEARTBEATS, seconds
         self._step, self._what, self._done = 0, "starting", threading.Event()
         self._deadline = self._now = time.monotonic()
 
@@ -96,16 +97,10 @@ class Watchdog:
     def _others(self) -> Iterator[str]:
         """Which processes are behind, by their heartbeats."""
         try:
-            beats = [json.loads(file.read_text()) for file in self._folder.glob("*.json")]
-        except (OSError, ValueError):
+            beats = status.heartbeats(self._folder.parent)
+        except OSError:
             return
         for beat in sorted(beats, key=lambda b: (b["step"], b["time"]))[:4]:
             silent = time.time() - beat["time"]
             yield (f"process {beat['process']} on {beat['host']} (pid {beat['pid']}): {beat['what']} after step "
                    f"{beat['step']}, last heard of {silent:.0f} s ago")  # fmt: skip
-
-
-def heartbeats(folder: epath.Path) -> list[dict[str, Any]]:
-    """The newest of every process of the run in a folder."""
-    found = (folder / "heartbeats").glob("*.json") if (folder / "heartbeats").exists() else ()
-    return [json.loads(file.read_text()) for file in sorted(found)]
