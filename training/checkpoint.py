@@ -10,11 +10,8 @@ dtypes and the files' digests are compared here. `manifest.json`, written last, 
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import types
-import typing
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +32,7 @@ from training import manifest
 from training.config import RunConfig
 from training.goodput import spent
 from training.mesh import shardings
+from training.record import config_from_json
 from training.state import TrainState, execution
 
 CHUNK_BYTES = 2**26
@@ -43,11 +41,6 @@ WEIGHTS_ALONE = {}
 """The position in the data of a checkpoint that an import wrote: weights, in any dtype that goes into fp32 exactly, and
 nothing else of the state."""
 FLOATS = ("bfloat16", "float16")
-RESUMABLE = ("name", "out", "mesh", "train.steps", "train.log_every", "train.eval_every", "train.eval_batches",
-             "train.checkpoint_every", "train.checkpoint_keep", "train.checkpoint_keep_every", "safety")  # fmt: skip
-"""Config fields that a resumed run may change freely; of a learner all but its model, too."""
-RESUMABLE_OF_A_STAGE = ("mesh", "microbatches", "remat", "schedule")
-"""Likewise of a stage that has begun; one that has not may change as it likes, or come or go."""
 
 
 class Damaged(ValueError):
@@ -240,7 +233,7 @@ class Checkpoints:
     # --- Reading
 
     def record(self, step: int) -> dict[str, Any]:
-        """What `run_record` returned when the checkpoint was written."""
+        """What `training.record.run_record` returned when the checkpoint was written."""
         return self._json(step, "run")
 
     def place(self, step: int) -> dict[str, Any]:
@@ -334,7 +327,7 @@ def _check_leaves(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: s
             )
 
 
-# --- The run's record: its config, and what a resumed run must share with it
+# --- The run's place and configuration
 
 
 def whole_place(place: Mapping[str, Any]) -> dict[str, Any]:
@@ -347,123 +340,10 @@ def whole_place(place: Mapping[str, Any]) -> dict[str, Any]:
     return merged([json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)])
 
 
-def run_record(cfg: RunConfig, tokenizer: str) -> dict[str, Any]:
-    """What is stored beside the arrays: the resolved config and the tokenizer's hash, as JSON has them."""
-    return json.loads(json.dumps({"config": dataclasses.asdict(cfg), "tokenizer": tokenizer}))
-
-
-def check_resumable(stored: Mapping[str, Any], current: Mapping[str, Any], where: str, done: int) -> list[str]:
-    """Lines `field: old -> new` of changes that are harmless after `done` steps; ValueError for one that would make it
-    another run. A field that came after the checkpoint was written had its default there."""
-    if stored["tokenizer"] != current["tokenizer"]:
-        raise ValueError(f"{where} was trained with tokenizer {stored['tokenizer']}, not {current['tokenizer']}")
-    old = _with_defaults(RunConfig, stored["config"])
-    stages = [side["config"].get("stages", ()) for side in (stored, current)]
-    begun = {str(i) for some in stages for i, stage in enumerate(some) if stage["after"] < done}
-    changes = changed(old, current["config"])
-    for field, (was, now) in changes.items():
-        if not _free(field, begun):
-            raise ValueError(
-                f"{where} was trained with {field} = {was!r}, not {now!r}: restore that value, or use another folder"
-            )
-    return [f"{field}: {was} -> {now}" for field, (was, now) in changes.items()]
-
-
-def changed(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Of two trees of JSON the leaves that differ, (old, new) by their dotted paths; "absent" where there is none."""
-    pairs, before, after = {}, flat(old), flat(new)
-    for path in sorted({*before, *after}):
-        pairs[path] = before.get(path, "absent"), after.get(path, "absent")
-    return {path: (was, now) for path, (was, now) in pairs.items() if was != now}
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of JSON by their dotted paths, in which the items of a list are numbered."""
-    if isinstance(tree, list):
-        tree = {str(i): sub for i, sub in enumerate(tree)}
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    return {k: v for key, sub in tree.items() for k, v in flat(sub, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def _free(field: str, begun: Container[str]) -> bool:
-    parts = field.split(".")
-    if parts[0] == "stages":
-        return parts[1] not in begun or parts[2] in RESUMABLE_OF_A_STAGE
-    if parts[0] == "learners":
-        return len(parts) > 2 and parts[2] != "model"
-    return any(field == name or field.startswith(f"{name}.") for name in RESUMABLE)
-
-
 def load_config(folder: str | epath.Path, step: int | None = None) -> RunConfig:
     """The config with which a run's checkpoint, the newest by default, was written."""
     with Checkpoints(folder) as checkpoints:
         return config_from_json(checkpoints.record(checkpoints.find(step))["config"])
-
-
-def config_from_json(tree: Mapping[str, Any]) -> RunConfig:
-    """The RunConfig whose `dataclasses.asdict` is `tree`; ValueError naming an unknown or missing field."""
-    return _build(RunConfig, tree, "config")
-
-
-def _with_defaults(kind: Any, value: Any) -> Any:
-    """JSON of a value of type `kind`, and the defaults of those fields that it lacks."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is dict and isinstance(value, Mapping):
-        return {key: _with_defaults(args[1], sub) for key, sub in value.items()}
-    if origin is tuple and isinstance(value, list):
-        return [_with_defaults(args[0], sub) for sub in value]
-    if origin is types.UnionType:  # of a dataclass and None
-        kind = args[0]
-    if not dataclasses.is_dataclass(kind) or not isinstance(value, Mapping):
-        return value
-    hints, filled = typing.get_type_hints(kind), dict(value)
-    for field in dataclasses.fields(kind):
-        if field.name in filled:
-            filled[field.name] = _with_defaults(hints[field.name], filled[field.name])
-        elif field.default is not dataclasses.MISSING:
-            filled[field.name] = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            default: Any = field.default_factory()
-            filled[field.name] = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
-    return json.loads(json.dumps(filled))
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is dict:
-        _expect(value, Mapping, where)
-        return {key: _build(args[1], sub, f"{where}.{key}") for key, sub in value.items()}
-    if origin is tuple:
-        _expect(value, (list, tuple), where)
-        return tuple(_build(args[0], sub, f"{where}.{i}") for i, sub in enumerate(value))
-    if origin is types.UnionType:  # of a dataclass and None
-        return None if value is None else _build(args[0], value, where)
-    if origin is typing.Literal:
-        if not isinstance(value, str | int) or value not in args:
-            raise ValueError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r:.100}")
-        return value
-    if kind is float:
-        try:
-            return float(_expect(value, (int, float), where))
-        except OverflowError:
-            raise ValueError(f"{where} is too large") from None
-    if not dataclasses.is_dataclass(kind):
-        return _expect(value, {int: int, str: str, bool: bool}.get(kind, object), where)
-    _expect(value, Mapping, where)
-    hints = typing.get_type_hints(kind)
-    if unknown := sorted(set(value) - set(hints)):
-        raise ValueError(f"{where}.{unknown[0]} is no field of {kind.__name__}")  # pyright: ignore
-    if missing := sorted(set(hints) - set(value)):
-        raise ValueError(f"{where}.{missing[0]} is missing")
-    return kind(**{key: _build(hints[key], sub, f"{where}.{key}") for key, sub in value.items()})  # pyright: ignore
-
-
-def _expect(value: Any, kind: Any, where: str) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
-        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise ValueError(f"{where} must be {names}, not {value!r:.100}")
-    return value
 
 
 # --- Weights alone, for inference, evaluation and export

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from training.checkpoint import Checkpoints, changed
+from training.checkpoint import Checkpoints
+from training.record import changed
 
 
 def differences(first: tuple[str, int], second: tuple[str, int]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import jax
 from etils import epath
 
 from data import tokenizer
-from training.checkpoint import Checkpoints, changed, config_from_json, named_leaves, run_record
+from training.checkpoint import Checkpoints, named_leaves
 from training.config import RunConfig
+from training.record import changed, config_from_json, run_record
 from training.state import init_state
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from data.loader import Corpus
 from training import fork
-from training.checkpoint import Checkpoints, check_resumable, run_record, whole_place
+from training.checkpoint import Checkpoints, whole_place
 from training.config import RunConfig
 from training.evaluate import HeldOut
 from training.first_batches import FirstBatches
@@ -29,6 +29,7 @@ from training.lock import RunLock
 from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
 from training.metrics import Console, Writers, read
 from training.recheck import rechecked
+from training.record import check_resumable, run_record
 from training.reporter import Kept, Pending, Reporter
 from training.start import CONFIG, check_init, initial_state, open_targets
 from training.state import abstract_state

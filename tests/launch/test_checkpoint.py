@@ -11,8 +11,9 @@ import pytest
 from support import error, output
 
 from launch import cli
-from training.checkpoint import Checkpoints, run_record
+from training.checkpoint import Checkpoints
 from training.config import Learner, OptimizerConfig, RunConfig, TrainConfig
+from training.record import run_record
 from training.state import LearnerState, TrainState
 
 

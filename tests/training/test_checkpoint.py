@@ -13,18 +13,10 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from training.checkpoint import (
-    RESUMABLE,
-    Checkpoints,
-    check_resumable,
-    config_from_json,
-    load_config,
-    named_leaves,
-    restore_params,
-    run_record,
-)
+from training.checkpoint import Checkpoints, load_config, named_leaves, restore_params
 from training.config import Distillation, Learner, MeshConfig, OptimizerConfig, RunConfig, Stage, TrainConfig
 from training.mesh import make_mesh
+from training.record import RESUMABLE, check_resumable, config_from_json, run_record
 from training.state import abstract_state, create_state
 
 HASH = "0" * 64

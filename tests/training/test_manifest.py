@@ -12,8 +12,9 @@ import pytest
 from etils import epath
 
 from training import manifest
-from training.checkpoint import Checkpoints, Damaged, restore_params, run_record
+from training.checkpoint import Checkpoints, Damaged, restore_params
 from training.mesh import make_mesh
+from training.record import run_record
 from training.state import abstract_state, create_state
 
 HASH = "0" * 64
