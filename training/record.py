@@ -89,9 +89,8 @@ def _with_defaults(kind: Any, value: Any) -> Any:
         elif field.default is not dataclasses.MISSING:
             filled[field.name] = field.default
         elif field.default_factory is not dataclasses.MISSING:
-            default: Any = field.default_factory()
-            filled[field.name] = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
-    return json.loads(json.dumps(filled))
+            filled[field.name] = field.default_factory()
+    return json.loads(json.dumps(filled, default=dataclasses.asdict))
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
