@@ -57,6 +57,9 @@ def test_list_verify_and_diff(run, capsys):
     (aside,) = output("checkpoint list run", capsys)["set_aside"]
     assert aside["folder"] == "run/checkpoints/set-aside/2" and "is not what was written" in aside["why"]
     assert "no checkpoint of step 2" in error("checkpoint verify run@2", capsys)
+    Path("run/checkpoints/1/manifest.json").write_text("{}")
+    (damaged,) = output("checkpoint list run", capsys)["incomplete"]
+    assert damaged == "run/checkpoints/1 (manifest.json is not what was written)"
     Path("run/checkpoints/1/manifest.json").unlink()
     assert cli.main(["checkpoint", "seal", "run@1"]) == 0 and cli.main(["checkpoint", "verify", "run@1"]) == 0
     assert "has a manifest" in error("checkpoint seal run@1", capsys)
