@@ -87,12 +87,14 @@ class Watchdog:
             os.write(2, f"\nllama4: process {jax.process_index()} ends without waiting for the others\n".encode())
             sys.stdout.flush()
             os._exit(FAILED)
-        lines = [f"llama4: process {jax.process_index()}: nothing for {waited:.0f} s while {self._what} after step "
-                 f"{self._step} (safety.stuck_after {self._seconds:.0f}); its stacks follow, and it ends"]  # fmt: skip
-        lines += [f"llama4: {line}" for line in self._others()]
-        os.write(2, ("\n" + "\n".join(lines) + "\n").encode())
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(STUCK)
+        try:
+            lines = [f"llama4: process {jax.process_index()}: nothing for {waited:.0f} s while {self._what} after step "
+                     f"{self._step} (safety.stuck_after {self._seconds:.0f}); its stacks follow, and it ends",
+                     *(f"llama4: {line}" for line in self._others())]  # fmt: skip
+            os.write(2, ("\n" + "\n".join(lines) + "\n").encode())
+            faulthandler.dump_traceback(all_threads=True)
+        finally:  # whatever is the matter with the heartbeats or with stderr
+            os._exit(STUCK)
 
     def _others(self) -> Iterator[str]:
         """Which processes are behind, by their heartbeats."""

@@ -94,7 +94,7 @@ def test_documents_of_a_batch(corpus):
 def marked(monkeypatch):
     """Puts trouble on some batches of a run."""
 
-    def mark(cfg, corpus, **kinds: range) -> None:
+    def mark(cfg, corpus, **kinds: list[range]) -> None:
         monkeypatch.setattr(loop, "put_local", loop.put_local)
         monkeypatch.setattr(chaos_run.step, "gradient", chaos_run.step.gradient)
         chaos_run._mark(kinds, cfg, corpus)
@@ -269,6 +269,13 @@ with Watchdog(epath.Path(sys.argv[1]), 1) as dog:
     def frozen(): time.sleep(60)
     frozen()
 """
+
+
+def test_a_process_that_is_stuck_ends_whatever_lies_among_the_heartbeats(tmp_path):
+    (tmp_path / "heartbeats").mkdir()
+    (tmp_path / "heartbeats" / "1.json").write_text('{"process": 1}')
+    done = subprocess.run([sys.executable, "-c", STUCK, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 70
 
 
 def test_a_process_that_is_stuck_shows_its_stacks_and_ends(tmp_path):
