@@ -43,7 +43,7 @@ def checkpoints(folder: str) -> dict[str, list[Any]]:
                 continue
             size = sum(size for size, _ in files.values())
             complete.append(dict(step=step, bytes=size, files=len(files), digest=found.digest(step)))
-        known = {str(one["step"]) for one in complete} | {"set-aside"}
+        known = {str(step) for step in found.steps} | {"set-aside"}
         incomplete += [str(f) for f in sorted(found.folder.iterdir()) if f.name not in known and f.is_dir()]
         aside = found.folder / "set-aside"
         notes = sorted(aside.glob("*.txt")) if aside.exists() else ()

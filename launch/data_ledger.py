@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from data.loader import Corpus, ledger
     from launch.startup import cache_folder
     from training import fork
-    from training.checkpoint import Checkpoints, config_from_json
+    from training.checkpoint import Checkpoints
+    from training.record import config_from_json
 
     folder, step = fork.parts(fork.find(args.run, option="data ledger"))
     with Checkpoints(folder) as checkpoints:

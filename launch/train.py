@@ -108,7 +108,7 @@ def find(name: str) -> RunConfig:
         if "/" in name or epath.Path(name).exists():
             raise FileNotFoundError(f"no run in {name}: {stored} is missing")
         return configs.find(name)
-    from training.checkpoint import config_from_json
+    from training.record import config_from_json
 
     try:
         return dataclasses.replace(config_from_json(json.loads(stored.read_text())), out=name)

@@ -47,10 +47,10 @@ class Attention(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], execution: Execution
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries, keys and values, positions applied; what a key/value cache stores."""
-        return self._place(self._heads(x_BTD, execution), positions_BT, self.local)
+        return self._place(self._project(x_BTD, execution), positions_BT, self.local)
 
     @jax.named_scope("projections")
-    def _heads(self, x_BTD, execution: Execution) -> Heads:
+    def _project(self, x_BTD, execution: Execution) -> Heads:
         weights = self.wq_DNH[...], self.wk_DKH[...], self.wv_DKH[...]
         heads = execution.einsum("BTD,DNH->BTNH", x_BTD, jnp.concatenate(weights, axis=1))  # one matmul for the three
         N, K = (w.shape[1] for w in weights[:2])
@@ -88,7 +88,7 @@ class Attention(nnx.Module):
                 placed = self._place(heads, positions_BT, as_local)
                 return self._attend(placed, segment_ids_BT, execution, as_local)
 
-        heads = self._heads(x_BTD, execution)
+        heads = self._project(x_BTD, execution)
         if local is None:
             return self.output(attend(self.local, heads), execution)
         if axis_size(CONTEXT) == 1 and x_BTD.shape[1] <= self.cfg.chunk:  # a row is a chunk: one kernel serves both

@@ -32,9 +32,10 @@ import configs
 from data.tokenizer import train_bpe
 from llama4_jax import hf
 from llama4_jax.config import ModelConfig, Rope
-from training.checkpoint import WEIGHTS_ALONE, run_record
+from training.checkpoint import WEIGHTS_ALONE
 from training.checkpoint_arrays import array_name, url, weight_shapes, write_metadata
 from training.loop import write_config
+from training.record import run_record
 
 BLOCK = 2**24
 

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from data.loader import Corpus
 from tools import chaos_run as runs
 from tools.chaos_run import EVALUATES, EVERY, STEPS, Child, config, story
@@ -215,7 +217,7 @@ def corrupt(chaos: Chaos) -> Iterator[Row]:
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(chaos.whole.folder, run)
             files = [f for f in sorted((run / "checkpoints" / str(STEPS)).rglob("*")) if f.is_file()]
-            files = [f for f in files if f.stat().st_size] if kind != "delete" else files
+            files = [f for f in files if any(f.read_bytes())] if kind != "delete" else files
             kinds[kind](rng.choice(files), rng)
             with Checkpoints(str(run), keep=2) as checkpoints:
                 found = checkpoints.newest_good(lambda _: None)
@@ -247,8 +249,8 @@ def _truncate(file: Path, rng: random.Random) -> None:
 def _zero(file: Path, rng: random.Random) -> None:
     raw = bytearray(file.read_bytes())
     filled = [i for i, byte in enumerate(raw) if byte]
-    at = rng.choice(filled) if filled else 0
-    raw[at : at + rng.choice((1, 64, 4096))] = bytes(min(rng.choice((1, 64, 4096)), len(raw) - at)) or b"\0"
+    at, size = rng.choice(filled), rng.choice((1, 64, 4096))
+    raw[at : at + size] = bytes(len(raw[at : at + size]))
     file.write_bytes(raw)
 
 
@@ -417,14 +419,10 @@ def lock(chaos: Chaos) -> Iterator[Row]:
 
 def newest(cfg: RunConfig) -> int | None:
     """Step of the newest complete checkpoint."""
-    folder = Path(cfg.folder) / "checkpoints"
-    found = folder.iterdir() if folder.exists() else ()
-    return max((int(f.name) for f in found if f.name.isdecimal() and (f / manifest.FILE).exists()), default=None)
+    return max(manifest.finished(epath.Path(cfg.folder) / "checkpoints"), default=None)
 
 
 def checkpoint(cfg: RunConfig, step: int) -> Any:
-    from etils import epath
-
     return epath.Path(cfg.folder) / "checkpoints" / str(step)
 
 

@@ -10,12 +10,10 @@ dtypes and the files' digests are compared here. `manifest.json`, written last, 
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import types
-import typing
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +32,7 @@ from training import manifest
 from training.config import RunConfig
 from training.goodput import spent
 from training.mesh import shardings
+from training.record import config_from_json
 from training.state import TrainState, execution
 
 CHUNK_BYTES = 2**26
@@ -42,11 +41,6 @@ WEIGHTS_ALONE = {}
 """The position in the data of a checkpoint that an import wrote: weights, in any dtype that goes into fp32 exactly, and
 nothing else of the state."""
 FLOATS = ("bfloat16", "float16")
-RESUMABLE = ("name", "out", "mesh", "train.steps", "train.log_every", "train.eval_every", "train.eval_batches",
-             "train.checkpoint_every", "train.checkpoint_keep", "train.checkpoint_keep_every", "safety")  # fmt: skip
-"""Config fields that a resumed run may change freely; of a learner all but its model, too."""
-RESUMABLE_OF_A_STAGE = ("mesh", "microbatches", "remat", "schedule")
-"""Likewise of a stage that has begun; one that has not may change as it likes, or come or go."""
 
 
 class Damaged(ValueError):
@@ -100,8 +94,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Of the complete checkpoints, in order; whether they are good is not looked at."""
-        names = [f.name for f in self.folder.iterdir() if f.name.isdecimal() and (f / manifest.FILE).exists()]
-        return sorted(map(int, names))
+        return manifest.finished(self.folder)
 
     @property
     def latest(self) -> int | None:
@@ -202,8 +195,9 @@ class Checkpoints:
             return
         for old in self.steps[: -self._keep]:
             if not (self._keep_every and old % self._keep_every == 0):
-                manifest.persist((self.path(old) / manifest.FILE).unlink)
-                manifest.persist(self.path(old).rmtree)
+                # A store may do it and lose the answer: then there is nothing left to do.
+                manifest.persist(partial((self.path(old) / manifest.FILE).unlink, missing_ok=True))
+                manifest.persist(partial(self.path(old).rmtree, missing_ok=True))
 
     def check(self) -> None:
         """OSError if a save has failed in the background; returns at once."""
@@ -228,12 +222,9 @@ class Checkpoints:
         found = [f for f in self.folder.iterdir() if "orbax-checkpoint-tmp" in f.name]
         if _in_store(self.folder):
             numbered = [f for f in self.folder.iterdir() if f.name.isdecimal()]
-            found += [f for f in numbered if not (f / "commit_success.txt").exists() and not self._sealed(f)]
+            marks = ("commit_success.txt", manifest.FILE)
+            found += [f for f in numbered if not any((f / mark).exists() for mark in marks)]
         return found
-
-    @staticmethod
-    def _sealed(folder: epath.Path) -> bool:
-        return (folder / manifest.FILE).exists()
 
     def _others(self, step: int) -> str:
         others = [s for s in self.steps if s != step]
@@ -242,7 +233,7 @@ class Checkpoints:
     # --- Reading
 
     def record(self, step: int) -> dict[str, Any]:
-        """What `run_record` returned when the checkpoint was written."""
+        """What `training.record.run_record` returned when the checkpoint was written."""
         return self._json(step, "run")
 
     def place(self, step: int) -> dict[str, Any]:
@@ -336,7 +327,7 @@ def _check_leaves(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: s
             )
 
 
-# --- The run's record: its config, and what a resumed run must share with it
+# --- The run's place and configuration
 
 
 def whole_place(place: Mapping[str, Any]) -> dict[str, Any]:
@@ -349,95 +340,10 @@ def whole_place(place: Mapping[str, Any]) -> dict[str, Any]:
     return merged([json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)])
 
 
-def run_record(cfg: RunConfig, tokenizer: str) -> dict[str, Any]:
-    """What is stored beside the arrays: the resolved config and the tokenizer's hash, as JSON has them."""
-    return json.loads(json.dumps({"config": dataclasses.asdict(cfg), "tokenizer": tokenizer}))
-
-
-def check_resumable(stored: Mapping[str, Any], current: Mapping[str, Any], where: str, done: int) -> list[str]:
-    """Lines `field: old -> new` of changes that are harmless after `done` steps; ValueError for one that would make it
-    another run."""
-    if stored["tokenizer"] != current["tokenizer"]:
-        raise ValueError(f"{where} was trained with tokenizer {stored['tokenizer']}, not {current['tokenizer']}")
-    old, new = flat(stored["config"]), flat(current["config"])
-    stages = [side["config"].get("stages", ()) for side in (stored, current)]
-    begun = {str(i) for some in stages for i, stage in enumerate(some) if stage["after"] < done}
-    changes = []
-    for field in sorted({*old, *new}):
-        was, now = old.get(field, "absent"), new.get(field, "absent")
-        if was != now and not _free(field, begun):
-            raise ValueError(
-                f"{where} was trained with {field} = {was!r}, not {now!r}: restore that value, or use another folder"
-            )
-        if was != now:
-            changes.append(f"{field}: {was} -> {now}")
-    return changes
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of JSON by their dotted paths, in which the items of a list are numbered."""
-    if isinstance(tree, list):
-        tree = {str(i): sub for i, sub in enumerate(tree)}
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    return {k: v for key, sub in tree.items() for k, v in flat(sub, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def _free(field: str, begun: Container[str]) -> bool:
-    parts = field.split(".")
-    if parts[0] == "stages":
-        return parts[1] not in begun or parts[2] in RESUMABLE_OF_A_STAGE
-    if parts[0] == "learners":
-        return len(parts) > 2 and parts[2] != "model"
-    return any(field == name or field.startswith(f"{name}.") for name in RESUMABLE)
-
-
 def load_config(folder: str | epath.Path, step: int | None = None) -> RunConfig:
     """The config with which a run's checkpoint, the newest by default, was written."""
     with Checkpoints(folder) as checkpoints:
         return config_from_json(checkpoints.record(checkpoints.find(step))["config"])
-
-
-def config_from_json(tree: Mapping[str, Any]) -> RunConfig:
-    """The RunConfig whose `dataclasses.asdict` is `tree`; ValueError naming an unknown or missing field."""
-    return _build(RunConfig, tree, "config")
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is dict:
-        _expect(value, Mapping, where)
-        return {key: _build(args[1], sub, f"{where}.{key}") for key, sub in value.items()}
-    if origin is tuple:
-        _expect(value, (list, tuple), where)
-        return tuple(_build(args[0], sub, f"{where}.{i}") for i, sub in enumerate(value))
-    if origin is types.UnionType:  # of a dataclass and None
-        return None if value is None else _build(args[0], value, where)
-    if origin is typing.Literal:
-        if not isinstance(value, str | int) or value not in args:
-            raise ValueError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r:.100}")
-        return value
-    if kind is float:
-        try:
-            return float(_expect(value, (int, float), where))
-        except OverflowError:
-            raise ValueError(f"{where} is too large") from None
-    if not dataclasses.is_dataclass(kind):
-        return _expect(value, {int: int, str: str, bool: bool}.get(kind, object), where)
-    _expect(value, Mapping, where)
-    hints = typing.get_type_hints(kind)
-    if unknown := sorted(set(value) - set(hints)):
-        raise ValueError(f"{where}.{unknown[0]} is no field of {kind.__name__}")  # pyright: ignore
-    if missing := sorted(set(hints) - set(value)):
-        raise ValueError(f"{where}.{missing[0]} is missing")
-    return kind(**{key: _build(hints[key], sub, f"{where}.{key}") for key, sub in value.items()})  # pyright: ignore
-
-
-def _expect(value: Any, kind: Any, where: str) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
-        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise ValueError(f"{where} must be {names}, not {value!r:.100}")
-    return value
 
 
 # --- Weights alone, for inference, evaluation and export

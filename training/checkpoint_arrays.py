@@ -21,8 +21,9 @@ from llama4_jax import hf
 from llama4_jax.config import ModelConfig
 from llama4_jax.text import abstract
 from training import manifest
-from training.checkpoint import CHUNK_BYTES, Checkpoints, config_from_json
+from training.checkpoint import CHUNK_BYTES, Checkpoints
 from training.config import RunConfig
+from training.record import config_from_json
 
 ZARR = {"float32": "<f4", "float16": "<f2", "bfloat16": "bfloat16"}
 

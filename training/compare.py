@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from training.checkpoint import Checkpoints, flat
+from training.checkpoint import Checkpoints
+from training.record import changed
 
 
 def differences(first: tuple[str, int], second: tuple[str, int]) -> dict[str, Any]:
@@ -34,12 +35,7 @@ def differences(first: tuple[str, int], second: tuple[str, int]) -> dict[str, An
 
 
 def _lines(a: Any, b: Any) -> list[str]:
-    old, new = flat(a), flat(b)
-    return [
-        f"{field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
-        for field in sorted({*old, *new})
-        if old.get(field, "absent") != new.get(field, "absent")
-    ]
+    return [f"{field}: {was} -> {now}" for field, (was, now) in changed(a, b).items()]
 
 
 def _read(checkpoints: Checkpoints, step: int, name: str, of: Any) -> np.ndarray:

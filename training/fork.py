@@ -16,8 +16,9 @@ import jax
 from etils import epath
 
 from data import tokenizer
-from training.checkpoint import Checkpoints, config_from_json, flat, named_leaves, run_record
+from training.checkpoint import Checkpoints, named_leaves
 from training.config import RunConfig
+from training.record import changed, config_from_json, run_record
 from training.state import init_state
 
 
@@ -60,18 +61,17 @@ def differences(cfg: RunConfig, record: Mapping[str, Any], tokens: str) -> list[
             f"{cfg.fork} has the learners {', '.join(source.learners)}, this run {', '.join(cfg.learners)}: for "
             f"weights alone give a learner's init, run:{parts(cfg.fork)[0]}"
         )
-    there, here = flat(record["config"]), flat(run_record(cfg, tokens)["config"])
-    changed = {
-        field: f"{there.get(field, 'absent')} -> {here.get(field, 'absent')}"
-        for field in sorted({*there, *here} - {"name", "out", "fork"})
-        if there.get(field, "absent") != here.get(field, "absent")
+    changes = {
+        field: f"{was} -> {now}"
+        for field, (was, now) in changed(record["config"], run_record(cfg, tokens)["config"]).items()
+        if field not in ("name", "out", "fork")
     }
     if _shapes(source) != _shapes(cfg):
         shaping = (".model.", ".optimizer.kind", ".optimizer.moment_dtype")
-        fields = [f"{f}: {c}" for f, c in changed.items() if any(part in f for part in shaping)]
-        fields = fields or [f"{f}: {c}" for f, c in changed.items() if f.endswith(".optimizer")]  # frozen or not
+        fields = [f"{f}: {c}" for f, c in changes.items() if any(part in f for part in shaping)]
+        fields = fields or [f"{f}: {c}" for f, c in changes.items() if f.endswith(".optimizer")]  # frozen or not
         raise ValueError(f"{cfg.fork} holds other arrays than this run needs; what differs: {'; '.join(fields)}")
-    return [f"{field}: {change}" for field, change in changed.items()]
+    return [f"{field}: {change}" for field, change in changes.items()]
 
 
 def _shapes(cfg: RunConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from llama4_jax import hf
 from llama4_jax.config import ModelConfig
 from llama4_jax.text import abstract
-from training.checkpoint import WEIGHTS_ALONE, run_record
+from training.checkpoint import WEIGHTS_ALONE
 from training.checkpoint_arrays import (
     array_name,
     chunk_sizes,
@@ -39,6 +39,7 @@ from training.checkpoint_arrays import (
 from training.config import RunConfig
 from training.model_folder import CONFIG
 from training.quantised import Dequantised, dequantised
+from training.record import run_record
 from training.safetensors_header import DTYPES, INDEX, SINGLE, Stored, read_json, stored_tensors
 from training.transfer import Budget, Journal, Progress, check_space, run_all, workplace
 

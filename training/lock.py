@@ -6,6 +6,7 @@ holds it and until when, and a holder that dies leaves it to run out.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -85,6 +86,7 @@ class Lease:
 
     def __init__(self, folder: epath.Path):
         self._file, self._id, self._done = folder / LEASE, uuid.uuid4().hex, threading.Event()
+        self._keeper = threading.Thread(target=self._keep, daemon=True, name="lease")
         held = self._read()
         if held and held["until"] > time.time():
             raise _held(folder, held["who"])
@@ -93,15 +95,18 @@ class Lease:
         held = self._read()
         if not held or held["id"] != self._id:
             raise _held(folder, held["who"] if held else "another process")
-        threading.Thread(target=self._keep, daemon=True, name="lease").start()
+        self._keeper.start()
 
     def release(self) -> None:
+        """Give it up; nothing writes it afterwards."""
         self._done.set()
+        self._keeper.join()
         self._file.unlink(missing_ok=True)
 
     def _keep(self) -> None:
         while not self._done.wait(LASTS / 3):
-            self._renew()
+            with contextlib.suppress(OSError):  # a store's hiccup: there is time for another try or two
+                self._renew()
 
     def _renew(self) -> None:
         self._file.write_text(json.dumps(dict(id=self._id, who=_who(), until=time.time() + LASTS)))

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from data.loader import Corpus
 from training import fork, goodput
-from training.checkpoint import Checkpoints, check_resumable, run_record, whole_place
+from training.checkpoint import Checkpoints, whole_place
 from training.config import RunConfig
 from training.evaluate import HeldOut
 from training.first_batches import FirstBatches
@@ -29,11 +29,13 @@ from training.lock import RunLock
 from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
 from training.metrics import Console, Writers, read
 from training.recheck import rechecked
+from training.record import check_resumable, run_record
 from training.reporter import Kept, Pending, Reporter
 from training.start import CONFIG, check_init, initial_state, open_targets
 from training.state import abstract_state
+from training.status import STOPPED
 from training.step import make_train_step
-from training.stop import MARKER, Stop
+from training.stop import Stop
 from training.target_sources import read_ahead
 from training.watchdog import Watchdog
 from training.weighting import DOMAINS
@@ -69,7 +71,7 @@ def train(
             newest = checkpoints.newest_good(say)
         if checkpoints and newest is not None:
             changes = check_resumable(checkpoints.record(newest), record, str(folder), newest)
-            owed = checkpoints.place(newest).get("owed")
+            owed = _owed(checkpoints, newest, folder)
         else:
             changes, owed = _check_sources(cfg, corpus), None
         start, steps = _fork_step(cfg) if newest is None else newest, cfg.train.steps
@@ -92,7 +94,7 @@ def train(
             write_config(folder, cfg)
             if begun:
                 begun()
-            (folder / MARKER).unlink(missing_ok=True)
+            (folder / STOPPED).unlink(missing_ok=True)
             corpus.tokenizer.save(folder)
             writers = stack.enter_context(closing(Writers(folder, start)))
             if newest is None:
@@ -152,11 +154,11 @@ class _Stage:
         else:
             self.state = initial_state(self.cfg, self.mesh)
         self.pass_tokens = corpus.pass_tokens
-        self.kept = Kept(**{name: place[name] for name in Kept._fields if name in place}) if place else Kept()
         chunk = next(iter(cfg.learners.values())).model.chunk
         shape = (self.cfg.train.batch, self.cfg.train.seq_len, chunk)
         # A stage, or a fork, may read other rows than what was before it.
         forked = bool(cfg.fork) and start == _fork_step(cfg)
+        self.kept = _kept(cfg, start, place or {}, forked)
         crossing = start in [stage.after for stage in cfg.stages] or forked
         here = elsewhere or place
         stream = corpus.train(*shape, self.cfg.train.seed, *row_share(self.mesh)[:2], here, crossing and not elsewhere)
@@ -195,6 +197,8 @@ def _steps(run: _Run, stage: _Stage) -> int:
         return stage.held_out(stage.state, go_on)
 
     with closing(stage):
+        if report.owed and run.writers:
+            run.writers.rewind(step - 1)  # it may have been made up for before, by a start of which no more is left
         report.settle(step, partial(held_out, step))  # an evaluation that was broken off
         if report.owed:
             return step
@@ -371,6 +375,25 @@ def _look_ahead(cfg: RunConfig, corpus: Corpus, start: int, say: Callable[[str],
             raise error if done == start else ValueError(f"after step {done}: {error}") from error
         if (done := cfg.stage_end(done)) >= cfg.train.steps:
             return corpora
+
+
+def _owed(checkpoints: Checkpoints, step: int, folder: epath.Path) -> bool:
+    """Whether the evaluation at a checkpoint was broken off, and has not been made up for since."""
+    return bool(checkpoints.place(step).get("owed")) and all(record["step"] != step for record in read(folder))
+
+
+def _kept(cfg: RunConfig, start: int, place: Mapping[str, Any], forked: bool) -> Kept:
+    """What the reports after step `start` go on from. A fork counts on, but is another run: it owes nothing, and bad
+    steps of its source are not its own. Where other rows begin losses are not compared with those before."""
+    kept = Kept(**{name: place[name] for name in Kept._fields if name in place})
+    if forked:
+        return Kept(kept.tokens_seen, kept.domain_tokens)
+    before, after = cfg.at(start - 1), cfg.at(start)
+    if kept.guard and (before.data, before.train.seq_len) != (after.data, after.train.seq_len):
+        guard = Guard(cfg.safety, kept.guard)
+        guard.forget()
+        kept = kept._replace(guard=guard.state())
+    return kept
 
 
 def _describe(stage: _Stage, folder: epath.Path, newest: int | None, changes: list[str]) -> Iterator[str]:

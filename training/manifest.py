@@ -7,6 +7,7 @@ appended to.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,8 +60,7 @@ def write(folder: epath.Path, process: int = 0, processes: int = 1) -> None:
         return
     parts = [folder / f"{FILE}.{other}" for other in range(1, processes)]
     for part in parts:
-        _await(part)
-        share |= persist(lambda part=part: json.loads(part.read_text()))
+        share |= _await(part)
     text = _text(share)
     persist(lambda: (folder / FILE).write_text(text))
     for part in parts:
@@ -103,6 +103,12 @@ def read(folder: epath.Path) -> dict[str, list[Any]]:
     if not whole:
         raise ValueError(f"{FILE} is not what was written")
     return listed  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def finished(folder: epath.Path) -> list[int]:
+    """Of the folders within that are named by a step those that have a manifest, in order; none is looked into."""
+    entries = folder.iterdir() if folder.exists() else ()
+    return sorted(int(f.name) for f in entries if f.name.isdecimal() and (f / FILE).exists())
 
 
 def name_of(folder: epath.Path) -> str:
@@ -156,9 +162,14 @@ def _text(listed: dict[str, list[Any]]) -> str:
     return json.dumps({"version": VERSION, "digest": of, "files": listed}, sort_keys=True, indent=0) + "\n"
 
 
-def _await(file: epath.Path) -> None:
+def _await(file: epath.Path) -> Any:
+    """What a file of JSON holds, once it is there and whole: on a disk it is there before it is written."""
     until = time.monotonic() + PATIENCE
-    while not file.exists():
+    while True:
+        if file.exists():
+            text = persist(file.read_text)
+            with contextlib.suppress(ValueError):
+                return json.loads(text)
         if time.monotonic() > until:
             raise TimeoutError(f"{file} did not come within {PATIENCE:.0f} s")
         time.sleep(0.05)

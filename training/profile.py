@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
@@ -29,15 +31,18 @@ class Profiler:
         self._first, self._last = first, last
         self._into: Path | None = None
         self._asked = False
+        self._before: Any = None
 
     def __enter__(self) -> Profiler:
         _active.append(self)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR1, self._ask)
+            self._before = signal.signal(signal.SIGUSR1, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
         _active.remove(self)
+        if self._before is not None:
+            signal.signal(signal.SIGUSR1, self._before)
         self._stop()
 
     def after(self, step: int) -> None:
@@ -65,7 +70,7 @@ class Profiler:
             to = self._folder.joinpath(*above, f"{session}_steps_{self._first}-{self._last}", name)
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_bytes(file.read_bytes())
-            file.unlink()
+        shutil.rmtree(made)
         self._say(f"steps {self._first} to {self._last} are traced: xprof --logdir {self._folder} shows them")
 
 

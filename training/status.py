@@ -9,14 +9,18 @@ from typing import Any
 
 from etils import epath
 
+from training import manifest
+
 REFUSED = "refused.json"
 """What a process leaves that ended for a reason which would end it again: wrong input, a loss that is not finite."""
 STARTS = "starts.jsonl"
 """A line for every start of the run: when, on which hosts, started by what."""
 STOPPED = "requeue.json"
-"""What a run leaves that was told to stop."""
+"""What a run leaves that was told to stop: whoever reads it may start the run again."""
 UNDER_WAY = ("running", "silent")
 """States of a run whose page and heartbeats still change, or may."""
+HEARTBEATS = "heartbeats"
+"""The folder in which every process says now and then what it does (`training/watchdog.py`)."""
 SILENT = 600.0
 """Seconds without a record after which a run is not believed to go on, or ten of its steps."""
 
@@ -48,15 +52,12 @@ def read(folder: str | epath.Path) -> dict[str, Any]:
     records = [one for one in lines(place / "metrics.jsonl") if isinstance(one.get("step"), int)]
     config, starts = _json(place / "config.json"), lines(place / STARTS)
     last = records[-1] if records else {}
-    checkpoints = place / "checkpoints"
-    saved = (
-        sorted(int(one.name) for one in checkpoints.iterdir() if one.name.isdecimal()) if checkpoints.exists() else []
-    )
+    saved = manifest.finished(place / "checkpoints")
     steps = (config.get("train") or {}).get("steps")
     found = dict(folder=str(folder), name=config.get("name"), step=last.get("step", 0), steps=steps, saved=saved,
                  last=last, starts=starts, refused=_json(place / REFUSED) or None,
                  stopped=_json(place / STOPPED) or None,
-                 heartbeats=_heartbeats(place))  # fmt: skip
+                 heartbeats=heartbeats(place))  # fmt: skip
     return found | dict(state=state(found))
 
 
@@ -64,11 +65,15 @@ def state(found: Mapping[str, Any], now: float | None = None) -> str:
     """complete, refused, stopped, running or silent: what the newest of a run's traces says."""
     now = time.time() if now is None else now
     began = found["starts"][-1]["time"] if found["starts"] else 0.0
-    if found["steps"] and found["saved"] and found["saved"][-1] >= found["steps"]:
+    stopped = bool(found["stopped"]) and found["stopped"].get("time", 0) >= began
+    saved = bool(found["steps"] and found["saved"]) and found["saved"][-1] >= found["steps"]
+    if saved and not (
+        stopped and found["step"] < found["steps"]
+    ):  # in its last evaluation: its record is still to come
         return "complete"
     if found["refused"]:
         return "refused"
-    if found["stopped"] and found["stopped"].get("time", 0) >= began:
+    if stopped:
         return "stopped"
     heard = max([began, found["last"].get("time", 0), *(beat.get("time", 0) for beat in found["heartbeats"])])
     return "running" if now - heard < max(SILENT, 10 * found["last"].get("seconds_per_step", 0)) else "silent"
@@ -105,6 +110,7 @@ def lines(file: epath.Path) -> list[dict[str, Any]]:
     return found
 
 
-def _heartbeats(place: epath.Path) -> list[dict[str, Any]]:
-    folder = place / "heartbeats"
+def heartbeats(place: epath.Path) -> list[dict[str, Any]]:
+    """The newest of every process of a run; one that is being written is left out."""
+    folder = place / HEARTBEATS
     return [beat for file in sorted(folder.glob("*.json")) if (beat := _json(file))] if folder.exists() else []

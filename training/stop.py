@@ -17,8 +17,8 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-MARKER = "requeue.json"
-"""In the folder of a run that was told to stop and has a checkpoint: who reads it may start the run again."""
+from training.status import STOPPED
+
 AGAIN = 75
 """Exit status of such a run (EX_TEMPFAIL). Schedulers that lose it, as srun does, have the marker."""
 
@@ -81,7 +81,7 @@ class Stop:
     def mark(self, step: int | None) -> None:
         """Leave the marker; `step` is that of the checkpoint, None where none was written."""
         facts = dict(step=step, signal=signal.Signals(self.signal or signal.SIGTERM).name, time=round(time.time(), 3))
-        (self._folder / MARKER).write_text(json.dumps(facts) + "\n")
+        (self._folder / STOPPED).write_text(json.dumps(facts) + "\n")
 
     def _note(self, number: int, _: Any) -> None:
         if jax.process_count() == 1:

@@ -15,10 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from etils import epath
+
+from training import status
 
 STUCK = 70
 """Exit status of a process that the watchdog ended."""
@@ -39,7 +40,7 @@ class Watchdog:
 
     def __init__(self, folder: epath.Path, seconds: int):
         """`seconds` without a beat after which the process ends; 0: never."""
-        self._folder, self._seconds = folder / "heartbeats", seconds
+        self._folder, self._seconds = folder / status.HEARTBEATS, seconds
         self._step, self._what, self._done = 0, "starting", threading.Event()
         self._deadline = self._now = time.monotonic()
 
@@ -86,26 +87,22 @@ class Watchdog:
             os.write(2, f"\nllama4: process {jax.process_index()} ends without waiting for the others\n".encode())
             sys.stdout.flush()
             os._exit(FAILED)
-        lines = [f"llama4: process {jax.process_index()}: nothing for {waited:.0f} s while {self._what} after step "
-                 f"{self._step} (safety.stuck_after {self._seconds:.0f}); its stacks follow, and it ends"]  # fmt: skip
-        lines += [f"llama4: {line}" for line in self._others()]
-        os.write(2, ("\n" + "\n".join(lines) + "\n").encode())
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(STUCK)
+        try:
+            lines = [f"llama4: process {jax.process_index()}: nothing for {waited:.0f} s while {self._what} after step "
+                     f"{self._step} (safety.stuck_after {self._seconds:.0f}); its stacks follow, and it ends",
+                     *(f"llama4: {line}" for line in self._others())]  # fmt: skip
+            os.write(2, ("\n" + "\n".join(lines) + "\n").encode())
+            faulthandler.dump_traceback(all_threads=True)
+        finally:  # whatever is the matter with the heartbeats or with stderr
+            os._exit(STUCK)
 
     def _others(self) -> Iterator[str]:
         """Which processes are behind, by their heartbeats."""
         try:
-            beats = [json.loads(file.read_text()) for file in self._folder.glob("*.json")]
-        except (OSError, ValueError):
+            beats = status.heartbeats(self._folder.parent)
+        except OSError:
             return
         for beat in sorted(beats, key=lambda b: (b["step"], b["time"]))[:4]:
             silent = time.time() - beat["time"]
             yield (f"process {beat['process']} on {beat['host']} (pid {beat['pid']}): {beat['what']} after step "
                    f"{beat['step']}, last heard of {silent:.0f} s ago")  # fmt: skip
-
-
-def heartbeats(folder: epath.Path) -> list[dict[str, Any]]:
-    """The newest of every process of the run in a folder."""
-    found = (folder / "heartbeats").glob("*.json") if (folder / "heartbeats").exists() else ()
-    return [json.loads(file.read_text()) for file in sorted(found)]

@@ -11,8 +11,9 @@ import pytest
 from support import error, output
 
 from launch import cli
-from training.checkpoint import Checkpoints, run_record
+from training.checkpoint import Checkpoints
 from training.config import Learner, OptimizerConfig, RunConfig, TrainConfig
+from training.record import run_record
 from training.state import LearnerState, TrainState
 
 
@@ -56,6 +57,9 @@ def test_list_verify_and_diff(run, capsys):
     (aside,) = output("checkpoint list run", capsys)["set_aside"]
     assert aside["folder"] == "run/checkpoints/set-aside/2" and "is not what was written" in aside["why"]
     assert "no checkpoint of step 2" in error("checkpoint verify run@2", capsys)
+    Path("run/checkpoints/1/manifest.json").write_text("{}")
+    (damaged,) = output("checkpoint list run", capsys)["incomplete"]
+    assert damaged == "run/checkpoints/1 (manifest.json is not what was written)"
     Path("run/checkpoints/1/manifest.json").unlink()
     assert cli.main(["checkpoint", "seal", "run@1"]) == 0 and cli.main(["checkpoint", "verify", "run@1"]) == 0
     assert "has a manifest" in error("checkpoint seal run@1", capsys)

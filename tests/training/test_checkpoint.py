@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,18 +13,10 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from training.checkpoint import (
-    RESUMABLE,
-    Checkpoints,
-    check_resumable,
-    config_from_json,
-    load_config,
-    named_leaves,
-    restore_params,
-    run_record,
-)
-from training.config import Distillation, Learner, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
+from training.checkpoint import Checkpoints, load_config, named_leaves, restore_params
+from training.config import Distillation, Learner, MeshConfig, OptimizerConfig, RunConfig, Stage, TrainConfig
 from training.mesh import make_mesh
+from training.record import RESUMABLE, check_resumable, config_from_json, run_record
 from training.state import abstract_state, create_state
 
 HASH = "0" * 64
@@ -193,6 +186,31 @@ def test_what_may_change_between_starts(make_run):
             check(changed)
     with pytest.raises(ValueError, match=r"with tokenizer 0+, not 1"):
         check(cfg, "1")
+
+
+def test_a_field_that_came_later_had_its_default(make_run):
+    """A run of before a setting was there goes on where that has its default, in a model, a list and whole sections."""
+    cfg = make_run()
+    cfg = replace(cfg, stages=(Stage(after=2, batch=16),))
+    now = run_record(cfg, HASH)
+    old = json.loads(json.dumps(now))
+    for section in (old["config"]["learners"]["scout"]["model"], old["config"]["stages"][0]):
+        del section["router_bias" if "router_bias" in section else "schedule"]
+    del old["config"]["safety"], old["config"]["train"]["seed"], old["config"]["learners"]["scout"]["quant"]
+    assert check_resumable(old, now, "runs/test", 3) == []
+
+    scout: Learner = cfg.learners["scout"]
+    biased = replace(cfg, learners={"scout": replace(scout, model=replace(scout.model, router_bias=True))})
+    with pytest.raises(ValueError, match=r"with learners\.scout\.model\.router_bias = False, not True"):
+        check_resumable(old, run_record(biased, HASH), "runs/test", 3)
+    with pytest.raises(ValueError, match=r"with train\.seed = 0, not 1"):
+        check_resumable(old, run_record(replace(cfg, train=replace(cfg.train, seed=1)), HASH), "runs/test", 3)
+    old["config"]["learners"]["scout"]["model"]["tilt"] = 2  # a setting that went
+    with pytest.raises(ValueError, match=r"with learners\.scout\.model\.tilt = 2, not 'absent'"):
+        check_resumable(old, now, "runs/test", 3)
+    del old["config"]["learners"]["scout"]["model"]["tilt"], old["config"]["learners"]["scout"]["model"]
+    with pytest.raises(ValueError, match=r"with learners\.scout\.model\.\w+ = 'absent'"):
+        check_resumable(old, now, "runs/test", 3)  # has no default
 
 
 def test_every_train_field_is_guarded_or_free():

@@ -11,8 +11,9 @@ from etils import epath
 from object_store import GoogleStore, google
 
 from training import manifest
-from training.checkpoint import Checkpoints, run_record
+from training.checkpoint import Checkpoints
 from training.mesh import make_mesh
+from training.record import run_record
 from training.state import abstract_state, create_state
 
 HASH = "0" * 64

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import configs
 from launch import cli
-from training.checkpoint import config_from_json, flat, run_record
 from training.config import RunConfig
+from training.record import config_from_json, flat, run_record
 
 RECORDS = [run_record(configs.find(name), "0")["config"] for name in ("pretrain:tiny", "codistill:tiny")]
 JSON = st.recursive(

@@ -27,7 +27,7 @@ from dataclasses import replace
 import numpy as np
 from etils import epath
 from data.loader import Corpus
-from training.checkpoint import config_from_json
+from training.record import config_from_json
 from training.loop import train
 
 class Heard(Corpus):

@@ -12,8 +12,9 @@ import pytest
 from etils import epath
 
 from training import manifest
-from training.checkpoint import Checkpoints, Damaged, restore_params, run_record
+from training.checkpoint import Checkpoints, Damaged, restore_params
 from training.mesh import make_mesh
+from training.record import run_record
 from training.state import abstract_state, create_state
 
 HASH = "0" * 64
@@ -74,6 +75,23 @@ def test_a_process_does_not_wait_for_ever(folder, monkeypatch):
     (folder / manifest.FILE).unlink()
     with pytest.raises(TimeoutError, match=r"manifest.json.1 did not come within"):
         manifest.write(folder, 0, 2)
+
+
+def test_a_share_that_is_still_being_written_is_waited_for(folder):
+    """A file is there before its content is, where writing is no single act."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    alone, other = (folder / manifest.FILE).read_text(), folder / f"{manifest.FILE}.1"
+    (folder / manifest.FILE).unlink()
+    other.write_text("")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(manifest.write, folder, 0, 2)
+        other.write_text('{"deep/b": [0,')
+        with pytest.raises(TimeoutError):
+            first.result(0.3)
+        pool.submit(manifest.write, folder, 1, 2).result()
+        first.result()
+    assert (folder / manifest.FILE).read_text() == alone
 
 
 def test_a_hiccup_is_tried_again_and_a_full_disk_is_not():

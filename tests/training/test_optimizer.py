@@ -16,10 +16,11 @@ from jax.sharding import PartitionSpec as P
 from llama4_jax.axes import Execution, is_variable
 from llama4_jax.config import scout, tiny_maverick, tiny_scout
 from llama4_jax.text import Transformer, abstract
-from training.checkpoint import Checkpoints, named_leaves, run_record
+from training.checkpoint import Checkpoints, named_leaves
 from training.config import MeshConfig, OptimizerConfig
 from training.mesh import make_mesh, shardings
 from training.optimizer import decays, is_hidden_matrix, learning_rate, make_optimizer, matrix_dims
+from training.record import run_record
 from training.state import abstract_state
 
 KINDS = {

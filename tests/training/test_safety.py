@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +17,14 @@ import pytest
 from etils import epath
 
 from tools import chaos_run
-from training import evaluate, loop, recheck
+from training import evaluate, loop, recheck, status
 from training.checkpoint import Checkpoints
-from training.config import SafetyConfig
+from training.config import SafetyConfig, Stage
 from training.guard import Guard, documents
 from training.lock import Lease, RunLock
 from training.loop import train
 from training.metrics import read
+from training.reporter import Kept
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,7 +94,7 @@ def test_documents_of_a_batch(corpus):
 def marked(monkeypatch):
     """Puts trouble on some batches of a run."""
 
-    def mark(cfg, corpus, **kinds: range) -> None:
+    def mark(cfg, corpus, **kinds: list[range]) -> None:
         monkeypatch.setattr(loop, "put_local", loop.put_local)
         monkeypatch.setattr(chaos_run.step, "gradient", chaos_run.step.gradient)
         chaos_run._mark(kinds, cfg, corpus)
@@ -132,25 +134,49 @@ def test_a_skipped_step_leaves_moments_and_weights(make_run, corpus, marked):
 
 
 def test_evaluations_that_are_broken_off_are_made_up_for(make_run, corpus, monkeypatch):
-    """A signal in an evaluation, at a step and at the last one, ends it with a checkpoint; the story is the same."""
+    """A signal in an evaluation, at a step and at the last one, ends it with a checkpoint; the story is the same, and
+    so it is where the start that made up for one is killed before its next checkpoint."""
     whole, cfg = make_run("whole"), make_run("broken", checkpoint_every=3)
     train(whole, corpus, lambda _: None)
     real, calls = evaluate.HeldOut.__call__, []
 
     def told(self, state, go_on):
-        """The second evaluation of the two starts is that of step 8; the first makes up for that of step 4."""
+        """The first is that of step 4, which two starts then make up for; the fourth that of step 8."""
         calls.append(1)
-        if len(calls) in (1, 3):
+        if len(calls) in (1, 4):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, state, go_on)
 
+    def killed(self, pending):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(evaluate.HeldOut, "__call__", told)
     for step in (4, 8):
+        if step == 8:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(loop.Reporter, "begin", killed)
+                train(cfg, corpus, lambda _: None)
         summary = train(cfg, corpus, lambda _: None)
         assert (summary["step"], summary["signal"]) == (step, signal.SIGTERM)
-        assert "eval/ce" not in story(cfg)[-1] and (Path(cfg.folder) / "requeue.json").exists()
+        assert len([r for r in story(cfg) if "eval/ce" in r]) == step // 4 - 1
+        assert (Path(cfg.folder) / "requeue.json").exists() and status.read(cfg.folder)["state"] == "stopped"
     assert train(cfg, corpus, lambda _: None)["complete"]
     assert story(cfg) == story(whole) and not (Path(cfg.folder) / "requeue.json").exists()
+    assert train(cfg, corpus, lambda _: None)["complete"] and len(calls) == 5, "it is made up for once"
+    assert story(cfg) == story(whole)
+
+
+def test_what_a_stage_and_a_fork_are_judged_by(make_run):
+    """Losses of other rows are no measure, those of the same are; a fork has neither bad steps nor debts."""
+    guard = dict(losses={"scout": [3.0] * 20}, skipped=4, in_a_row=1, rollbacks=3)
+    place = dict(tokens_seen=100, domain_tokens={"even": 100}, guard=guard, owed={"loss": 3.0}, row=5)
+    cfg = replace(make_run(), stages=(Stage(2, microbatches=2), Stage(4, seq_len=16), Stage(6, weights={"even": 1.0})))
+    for start in (1, 2, 3, 5):
+        assert loop._kept(cfg, start, place, False).guard == guard
+    for start in (4, 6):
+        kept = loop._kept(cfg, start, place, False)
+        assert kept.guard == guard | {"losses": {}} and kept.owed and kept.tokens_seen == 100
+    assert loop._kept(cfg, 4, place, True) == Kept(100, {"even": 100})
 
 
 @pytest.mark.slow
@@ -213,6 +239,27 @@ def test_a_lease_runs_out(tmp_path, monkeypatch):
     Lease(folder).release()
 
 
+def test_a_lease_outlives_a_hiccup(tmp_path, monkeypatch):
+    """A renewal that fails does not end the renewing, and none comes after the release."""
+    monkeypatch.setattr("training.lock.SETTLES", 0.0)
+    monkeypatch.setattr("training.lock.LASTS", 0.03)
+    real, calls, again = Lease._renew, [], threading.Event()
+
+    def renew(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(5, "a hiccup")
+        real(self)
+        if len(calls) > 3:
+            again.set()
+
+    monkeypatch.setattr(Lease, "_renew", renew)
+    lease = Lease(epath.Path(tmp_path))
+    assert again.wait(20)
+    lease.release()
+    assert not (tmp_path / "lease.json").exists() and not lease._keeper.is_alive()
+
+
 STUCK = """
 import sys, time, jax
 from etils import epath
@@ -222,6 +269,13 @@ with Watchdog(epath.Path(sys.argv[1]), 1) as dog:
     def frozen(): time.sleep(60)
     frozen()
 """
+
+
+def test_a_process_that_is_stuck_ends_whatever_lies_among_the_heartbeats(tmp_path):
+    (tmp_path / "heartbeats").mkdir()
+    (tmp_path / "heartbeats" / "1.json").write_text('{"process": 1}')
+    done = subprocess.run([sys.executable, "-c", STUCK, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 70
 
 
 def test_a_process_that_is_stuck_shows_its_stacks_and_ends(tmp_path):

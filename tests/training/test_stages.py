@@ -21,11 +21,12 @@ from etils import epath
 from data.config import DataConfig
 from data.loader import Corpus, documents_read
 from training import fork, loop
-from training.checkpoint import Checkpoints, check_resumable, config_from_json, restore_params, run_record
+from training.checkpoint import Checkpoints, restore_params
 from training.config import MeshConfig, RunConfig, Schedule, Stage
 from training.loop import train
 from training.metrics import read
 from training.optimizer import learning_rate
+from training.record import check_resumable, config_from_json, run_record
 
 CLOCK = {"time", "tokens_per_second", "seconds_per_step", "data_wait", "tflops"}
 LONG = Stage(

@@ -13,10 +13,11 @@ from etils import epath
 from support import run_processes
 
 from data.loader import Corpus
-from training.checkpoint import Checkpoints, run_record
+from training.checkpoint import Checkpoints
 from training.config import MeshConfig, RunConfig
 from training.loop import write_config
 from training.mesh import make_mesh
+from training.record import run_record
 from training.state import create_state
 from training.targets import Reader
 
@@ -28,7 +29,7 @@ if processes > 1:
     jax.distributed.initialize(address, processes, process)
 from etils import epath
 from data.loader import Corpus
-from training.checkpoint import config_from_json
+from training.record import config_from_json
 from training.target_record import Form
 from training.teach import teach
 cfg = config_from_json(json.loads((epath.Path(run) / "config.json").read_text()))
