@@ -73,8 +73,8 @@ def compare_source(folder: str, manifest: dict[str, Any], given: str | None) -> 
         if given:
             raise
         return dict(ok=True, compared=False, text=f"source not compared: {place} is not there, give --source RUN")
-    if about.get("index_sha256") not in (None, source.arrays.identity()):
-        text = f"NOT the source: {source.where} is not the checkpoint that was exported, its index differs"
+    if about.get("manifest_sha256") not in (None, source.arrays.identity()):
+        text = f"NOT the source: {source.where} is not the checkpoint that was exported, its manifest differs"
         return dict(ok=False, compared=True, text=text)
     exported = FolderWeights(folder)
     quantised, worst, wrong, count = manifest.get("quantisation"), 0.0, [], 0

@@ -371,7 +371,7 @@ def _manifest(
     arrays: Arrays, digests: dict[str, str], identity: dict[str, Any], dtype: str, quant: quantised.Scheme | None
 ) -> dict[str, Any]:
     source = dict(run=arrays.config.name, folder=os.fspath(arrays.folder), step=arrays.step, learner=arrays.learner,
-                  index_sha256=identity["source"])  # fmt: skip
+                  manifest_sha256=identity["source"])  # fmt: skip
     return dict(format=1, source=source, dtype=dtype, quantisation=quant and quant.name, sha256=digests)
 
 
