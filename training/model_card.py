@@ -90,7 +90,7 @@ def _teacher(cfg: RunConfig, name: str) -> str:
                 found = Arrays(init.removeprefix("run:"), name if name in _learners(init) else None)
                 return f" (`{init}` at step {found.step}, manifest sha256 {found.identity()})"
             except (ValueError, FileNotFoundError, KeyError):
-                return f" (`{init}`, which is not there any more)"
+                return f" (`{init}`, which cannot be read any more)"
         return f" (`{init or 'seed'}`)"
     if name.startswith("targets:"):
         try:

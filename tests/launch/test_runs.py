@@ -142,7 +142,7 @@ def test_a_routers_bias_keeps_from_exporting_until_the_end(train: str, capsys):
 
 
 def test_the_schemes_offered_are_those_there_are():
-    assert export.QUANTISED == tuple(quantised.SCHEMES)
+    assert tuple(quantised.SCHEMES) == export.QUANTISED
 
 
 @pytest.mark.parametrize(("relative", "ok"), [(0.4, True), (1.0, False), (float("nan"), False)])
