@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import Any
 
 from etils import epath
 
-from data.llama4_tokenizer import O200K_PATTERN, RANKS, SPECIAL_IDS, SPECIALS, Llama4Tokenizer
+from data.llama4_tokenizer import O200K_PATTERN, RANKS, SPECIAL_IDS, SPECIALS, Llama4Tokenizer, parse_ranks
 from data.tokenizer import CONFIG_FILE, HF_FILE
 
 STOPS = tuple(SPECIAL_IDS[name] for name in ("<|end_of_text|>", "<|eom|>", "<|eot|>"))
@@ -26,14 +25,14 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|header_start|>assistant<|header_end|>\\n\\n' }}{% endif %}"
 )
-"""What `data.llama4_tokenizer.render_chat` does, in Jinja."""
+"""The text of `data.llama4_tokenizer.chat_text`, in Jinja. Its ids are those of `render_chat` but where a content
+begins with a newline, which joins the header's, or names a special token."""
 
 
 def write(tokenizer: Llama4Tokenizer, folder: epath.Path) -> None:
     """Write both files beside the `tokenizer.model`, of which they are another form."""
-    pairs = (line.split() for line in tokenizer.model_bytes.splitlines() if line)
-    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    (folder / HF_FILE).write_text(json.dumps(tokenizer_json(ranks), ensure_ascii=False))
+    made = tokenizer_json(parse_ranks(tokenizer.model_bytes))
+    (folder / HF_FILE).write_text(json.dumps(made, ensure_ascii=False))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>",
         "pad_token": "<|finetune_right_pad|>", "clean_up_tokenization_spaces": False,
@@ -43,14 +42,17 @@ def write(tokenizer: Llama4Tokenizer, folder: epath.Path) -> None:
 
 
 def tokenizer_json(ranks: dict[bytes, int]) -> dict[str, Any]:
-    """A byte-level BPE whose merges are those that make each token of its two parts of lower rank."""
+    """A byte-level BPE whose merges are those that make each token of its two parts of lower rank.
+
+    `ranks`: of tokens, in which every single byte is one; a rank is the token's id.
+    """
     letters = byte_letters()
     spelled = {token: "".join(letters[b] for b in token) for token in ranks}
     merges = []
     for token in sorted((t for t in ranks if len(t) > 1), key=ranks.__getitem__):
         parts = _parts(ranks, token)
         if len(parts) == 2:  # a token that its own merges do not reach is found as a whole word (ignore_merges)
-            merges.append([spelled.get(part) or "".join(letters[b] for b in part) for part in parts])
+            merges.append([spelled[part] for part in parts])
     names = {i: name for name, i in SPECIAL_IDS.items()}
     special = [
         dict(id=i, content=names.get(i, f"<|reserved_special_token_{i - RANKS}|>"), single_word=False, lstrip=False,
@@ -82,7 +84,7 @@ def tokenizer_json(ranks: dict[bytes, int]) -> dict[str, Any]:
 
 def _parts(ranks: dict[bytes, int], token: bytes) -> list[bytes]:
     """The token as merges of a rank below its own leave it."""
-    parts, limit = [token[i : i + 1] for i in range(len(token))], ranks[token]
+    parts, limit = [bytes([b]) for b in token], ranks[token]
     while True:
         found = [
             (rank, i) for i in range(len(parts) - 1) if (rank := ranks.get(parts[i] + parts[i + 1], limit)) < limit

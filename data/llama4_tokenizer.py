@@ -59,8 +59,7 @@ class Llama4Tokenizer(Tokenizer):
 
     def __init__(self, model: bytes):
         super().__init__(model)
-        pairs = (line.split() for line in model.splitlines() if line)
-        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        ranks = parse_ranks(model)
         if sorted(ranks.values()) != list(range(RANKS)):
             raise ValueError(f"Llama 4's tokenizer has the ranks 0 to {RANKS - 1:,}; this file has {len(ranks):,}")
         self._bpe = tiktoken.Encoding("llama4", pat_str=O200K_PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -91,6 +90,12 @@ class Llama4Tokenizer(Tokenizer):
         if reply:
             ids += [start, *self.encode("assistant"), end, *self.encode("\n\n")]
         return np.array(ids, np.int32)
+
+
+def parse_ranks(model: bytes) -> dict[bytes, int]:
+    """The rank of each token in a file of tiktoken's lines "base64 rank"."""
+    pairs = (line.split() for line in model.splitlines() if line)
+    return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
 def chat_text(messages: Sequence[Mapping[str, str]], reply: bool = False) -> str:

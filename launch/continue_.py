@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import time
 from typing import Any
 
 import configs
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         summary = train(cfg)
         if not summary["complete"]:
             return status(summary)
-        made = _export_and_verify(args, cfg)
+        made = _export_and_verify(args, cfg, summary["step"])
     if args.json:
         print(json.dumps(dict(run=summary, **made)))
     return 0 if made["ok"] else 1
@@ -77,22 +78,21 @@ def _configuration(args: argparse.Namespace) -> RunConfig:
     return overrides.apply(dataclasses.replace(cfg, learners=learners, data=data, out=f"{out}/run"), args)
 
 
-def _export_and_verify(args: argparse.Namespace, cfg: RunConfig) -> dict[str, Any]:
+def _export_and_verify(args: argparse.Namespace, cfg: RunConfig, step: int) -> dict[str, Any]:
+    """The run's last checkpoint, of `step`, as OUT/hf; what was exported of a shorter run is set aside."""
     from etils import epath
 
     from launch import export, verify
-    from training.verify import check_files
+    from training.model_folder import CONFIG, read_manifest
 
-    to = f"{args.to.rstrip('/')}/hf"
-    if not (epath.Path(to) / "config.json").exists():
-        export.write(cfg.folder, to, "student", None, args.dtype, None, args.max_memory)
-    files = check_files(to)
-    source = verify.compare_source(to, files.manifest, cfg.folder)
-    print(f"{to}: {files}\n{to}: {source['text']}")
-    ok = files.ok and source["ok"]
-    compared: dict[str, Any] = {}
-    if args.against != "nothing":
-        compared = verify.compare(to, args.against)
-        print(f"{to}: {compared['text']}")
-        ok = ok and compared["ok"]
-    return dict(folder=to, files=str(files), source=source["text"], verify=compared, ok=ok)
+    to = epath.Path(args.to) / "hf"
+    if to.exists():
+        manifest = read_manifest(to)
+        if ((manifest.get("source") or {}).get("step"), manifest.get("dtype")) != (step, args.dtype):
+            aside = to.with_name(f"hf-before-{time.time_ns()}")
+            print(f"{to} is of another step or dtype: it is now {aside}")
+            to.rename(aside)
+    if not (to / CONFIG).exists():
+        export.write(cfg.folder, str(to), "student", None, args.dtype, None, args.max_memory)
+    verified = verify.check(str(to), args.against, cfg.folder, print)
+    return dict(folder=str(to), verify=verified, ok=verified["ok"])

@@ -119,9 +119,9 @@ class Made:
 
 
 def _export(run: epath.Path, learner: str, to: epath.Path) -> dict[str, Any]:
-    from launch.startup import run_tokenizer
     from training.checkpoint import restore_params
     from training.export_params import save_hf
+    from training.load import run_tokenizer
 
     weights = restore_params(run, learner)
     if to.exists():  # of a shorter run, or one whose record was lost
@@ -160,18 +160,13 @@ def _samples(codistilled: epath.Path, alone: epath.Path) -> dict[str, list[dict[
 
 def _continue(folder: epath.Path, learner: str) -> list[str]:
     import jax
-    from flax import nnx
 
-    from launch.startup import run_tokenizer
     from llama4_jax.generate import generate
-    from training.checkpoint import restore_params
-    from training.state import graphdef
+    from training.load import load_model
 
-    weights = restore_params(folder, learner)
-    tokenizer = run_tokenizer(folder, weights.config)
-    model = nnx.merge(graphdef(weights.config.learners[learner]), weights.params)
+    model, tokenizer, stops = load_model(str(folder), learner)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
-    new = generate(model, prompts, NEW_TOKENS, key=jax.random.key(0), eos_ids=(tokenizer.eos_id,))
+    new = generate(model, prompts, NEW_TOKENS, key=jax.random.key(0), eos_ids=stops)
     return [tokenizer.decode(ids) for ids in new]
 
 

@@ -49,10 +49,10 @@ def write(
     threads: int = 4,
 ) -> Arrays:  # fmt: skip
     """Export a run's checkpoint with its tokenizer and card."""
-    from launch.startup import run_tokenizer
     from training import model_card, quantised
     from training.checkpoint_arrays import Arrays
     from training.export import export_run
+    from training.load import run_tokenizer
     from training.model_folder import About
     from training.transfer import parse_bytes
 

@@ -16,10 +16,7 @@ from launch import overrides
 from training.config import RunConfig
 
 if TYPE_CHECKING:
-    from etils import epath
-
     from data.loader import Corpus
-    from data.tokenizer import Tokenizer
 
 
 BAR = 20  # characters
@@ -59,14 +56,3 @@ def open_corpus(cfg: RunConfig, log: Callable[[str], object] = print) -> Corpus:
     corpus = Corpus.open(cfg.data, cache_folder(), log)
     overrides.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
     return corpus
-
-
-def run_tokenizer(folder: str | epath.Path, cfg: RunConfig) -> Tokenizer:
-    """The tokenizer that `llama4 train` kept in the run's folder, or that its configuration names."""
-
-    from data import tokenizer
-
-    kept = tokenizer.find(folder)
-    if kept is None and not cfg.data.tokenizer:
-        raise FileNotFoundError(f"no {tokenizer.MODEL_FILE} or {tokenizer.HF_FILE} in {folder}")
-    return tokenizer.load(kept or cfg.data.tokenizer)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 Against = Literal["transformers", "numpy"]
@@ -26,29 +27,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 where all is as it should be, 1 where something is not, or the comparison is undecided."""
-    from training.verify import check_files
 
     def say(line: str) -> None:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
-    files = check_files(args.folder)
-    result: dict[str, Any] = dict(ok=files.ok, files=dict(ok=files.ok, text=str(files), problems=files.problems))
-    say(f"{args.folder}: {files}")
-    source = compare_source(args.folder, files.manifest, args.source)
-    say(f"{args.folder}: {source['text']}")
-    result |= dict(source=source, ok=result["ok"] and source["ok"])
-    if args.against != "nothing":
-        compared = compare(args.folder, args.against, args.tolerance, args.tokens, args.seed, say)
-        say(f"{args.folder}: {compared['text']}")
-        result = compared | result | dict(ok=result["ok"] and compared["ok"])
+    settings = dict(tolerance=args.tolerance, tokens=args.tokens, seed=args.seed)
+    result = check(args.folder, args.against, args.source, say, **settings)
     if args.json:
         print(json.dumps(result))
     return 0 if result["ok"] else 1
 
 
+def check(
+    folder: str, against: Against | Literal["nothing"], source: str | None, say: Callable[[str], object], **settings
+) -> dict[str, Any]:
+    """All three questions, as JSON has the answers: `files`, `source` and, beside them, those of `compare`, to which
+    the `settings` go; `ok` where every one is. `say` takes a line for each."""
+    from training.verify import check_files
+
+    files = check_files(folder)
+    say(f"{folder}: {files}")
+    of = compare_source(folder, files.manifest, source)
+    say(f"{folder}: {of['text']}")
+    compared: dict[str, Any] = dict(ok=True)
+    if against != "nothing":
+        compared = compare(folder, against, say=say, **settings)
+        say(f"{folder}: {compared['text']}")
+    ok = files.ok and of["ok"] and compared["ok"]
+    return compared | dict(files=dict(ok=files.ok, text=str(files), problems=files.problems), source=of, ok=ok)
+
+
 def compare(
     folder: str, against: Against = "transformers", tolerance: float = 1e-4, tokens: int | None = None, seed: int = 0,
-    say=lambda line: None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """The comparison of `training.verify.verify` as JSON has it."""
     from training.verify import verify
@@ -59,7 +70,8 @@ def compare(
 
 def compare_source(folder: str, manifest: dict[str, Any], given: str | None) -> dict[str, Any]:
     """Whether the folder's weights are those of the run's checkpoint: exactly, or where they were rounded to bfloat16,
-    as that rounds. What was quantised is as far off as is said."""
+    as that rounds. A quantised one may be off by less than the largest of its matrix, which any scale that is kept
+    leaves; how far is said."""
     from training import diff
     from training.weights import FolderWeights, RunWeights
 
@@ -73,14 +85,15 @@ def compare_source(folder: str, manifest: dict[str, Any], given: str | None) -> 
         if given:
             raise
         return dict(ok=True, compared=False, text=f"source not compared: {place} is not there, give --source RUN")
-    if about.get("index_sha256") not in (None, source.arrays.identity()):
-        text = f"NOT the source: {source.where} is not the checkpoint that was exported, its index differs"
+    if "manifest_sha256" in about and about["manifest_sha256"] != source.arrays.identity():
+        text = f"NOT the source: {source.where} is not the checkpoint that was exported, its manifest differs"
         return dict(ok=False, compared=True, text=text)
     exported = FolderWeights(folder)
     quantised, worst, wrong, count = manifest.get("quantisation"), 0.0, [], 0
     for one in diff.compare(exported, source, rounded=manifest.get("dtype") == "bfloat16"):
         count += 1
-        if quantised and not one.equal and one.name.rpartition(".")[2].startswith("w"):  # a matrix; others stay
+        matrix = one.name.rpartition(".")[2].startswith("w")  # others stay as they are
+        if quantised and matrix and one.relative < 1:  # not NaN
             worst = max(worst, one.relative)
         elif not one.equal:
             wrong.append(one)

@@ -275,9 +275,10 @@ def generate(
     Compiles once for each batch size and bucket of lengths (`bucket`). Raises ValueError for an empty batch or
     prompt, ids outside the vocabulary, and settings outside their range.
     """
-    _check(model.cfg.vocab_size, prompts, max_new_tokens, temperature, top_p, key, eos_ids)
     lengths, chunk = [len(prompt) for prompt in prompts], model.cfg.chunk
-    width, piece = bucket(max(lengths), chunk), max(chunk, (piece or max(chunk, 8192)) // chunk * chunk)
+    piece = max(chunk, 8192) if piece is None else piece
+    _check(model.cfg.vocab_size, prompts, max_new_tokens, temperature, top_p, key, eos_ids, piece)
+    width, piece = bucket(max(lengths), chunk), max(chunk, piece // chunk * chunk)
     width = width if width <= piece else -(-width // piece) * piece
     tokens_BT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
@@ -300,6 +301,7 @@ def _check(
     top_p: float,
     key: jax.Array | None,
     eos_ids: Sequence[int],
+    piece: int,
 ) -> None:
     def check(ok: bool, message: str) -> None:
         if not ok:
@@ -311,6 +313,7 @@ def _check(
         wrong = next((t for t in ids if not 0 <= t < vocab_size), None)
         check(wrong is None, f"{name} holds id {wrong}, outside the model's vocabulary of {vocab_size}")
     check(max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    check(piece >= 1, f"piece must be at least 1, not {piece}")
     check(temperature >= 0, f"temperature must not be negative (0 is greedy), not {temperature}")
     check(0 < top_p <= 1, f"top_p must lie in (0, 1], not {top_p}")
     check(

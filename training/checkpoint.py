@@ -368,13 +368,19 @@ def restore_params(
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.find(step)
         cfg = config_from_json(checkpoints.record(step)["config"])
-        if learner is None and len(cfg.learners) > 1:
-            raise ValueError(f"{folder} has several learners, name one of {', '.join(cfg.learners)}")
-        name = learner or next(iter(cfg.learners))
-        if name not in cfg.learners:
-            raise ValueError(f"{folder} has no learner {name!r}, only {', '.join(cfg.learners)}")
+        name = which_learner(cfg, learner, folder)
         like = abstract_params(cfg, name, mesh)
         return Weights(cfg, name, step, checkpoints.restore_tree(step, like, f"learners.{name}.params."))
+
+
+def which_learner(cfg: RunConfig, learner: str | None, where: epath.PathLike) -> str:
+    """The learner of that name, or the only one; ValueError names those that the run in `where` has."""
+    if learner is None and len(cfg.learners) > 1:
+        raise ValueError(f"{where} has several learners, name one of {', '.join(cfg.learners)}")
+    name = learner or next(iter(cfg.learners))
+    if name not in cfg.learners:
+        raise ValueError(f"{where} has no learner {name!r}, only {', '.join(cfg.learners)}")
+    return name
 
 
 def abstract_params(cfg: RunConfig, learner: str, mesh: Mesh | None = None) -> nnx.State:

@@ -21,7 +21,7 @@ from llama4_jax import hf
 from llama4_jax.config import ModelConfig
 from llama4_jax.text import abstract
 from training import manifest
-from training.checkpoint import CHUNK_BYTES, Checkpoints
+from training.checkpoint import CHUNK_BYTES, Checkpoints, which_learner
 from training.config import RunConfig
 from training.record import config_from_json
 
@@ -41,11 +41,7 @@ class Arrays:
         self.state = self.folder / "checkpoints" / str(self.step) / "state"
         self.record = json.loads((self.state.parent / "run" / "metadata").read_text())
         self.config: RunConfig = config_from_json(self.record["config"])
-        if learner is None and len(self.config.learners) > 1:
-            raise ValueError(f"{folder} has several learners, name one of {', '.join(self.config.learners)}")
-        self.learner = learner or next(iter(self.config.learners))
-        if self.learner not in self.config.learners:
-            raise ValueError(f"{folder} has no learner {self.learner!r}, only {', '.join(self.config.learners)}")
+        self.learner = which_learner(self.config, learner, folder)
         self.model: ModelConfig = self.config.learners[self.learner].model
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 2**24}})
         self._open: dict[hf.Path, ts.TensorStore] = {}

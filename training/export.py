@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import sync_global_devices
 
 from llama4_jax import hf
 from llama4_jax.config import ModelConfig
@@ -109,9 +109,9 @@ def export_run(
                 check_space(folder, sum(o.nbytes for some in plan.shards.values() for o in some))
             for file in plan.shards:
                 _lay_out(work / file, plan.shards[file])
-        _sync(f"export laid out {folder}")
+        sync_global_devices(f"export laid out {folder}")
         digests = _local(plan, work, log) if local else _remote(plan, work, identity, log)
-        _sync(f"export wrote {folder}")
+        sync_global_devices(f"export wrote {folder}")
         if first:
             if local:
                 for journal in work.glob("journal-*.jsonl"):
@@ -126,7 +126,7 @@ def export_run(
                 work.rename(folder)
             else:
                 (work / ".journal").rmtree()
-        _sync(f"export named {folder}")
+        sync_global_devices(f"export named {folder}")
     return json.loads((folder / model_folder.MANIFEST).read_text())
 
 
@@ -363,7 +363,7 @@ def _remote(
 
     run_all([partial(write, file) for file in mine], plan.threads)
     progress.close()
-    _sync(f"export wrote the shards of {folder}")
+    sync_global_devices(f"export wrote the shards of {folder}")  # and noted their digests, which are read here
     return {k: v for file in plan.shards for k, v in json.loads((notes / f"{file}.json").read_text())["sha256"].items()}
 
 
@@ -371,7 +371,7 @@ def _manifest(
     arrays: Arrays, digests: dict[str, str], identity: dict[str, Any], dtype: str, quant: quantised.Scheme | None
 ) -> dict[str, Any]:
     source = dict(run=arrays.config.name, folder=os.fspath(arrays.folder), step=arrays.step, learner=arrays.learner,
-                  index_sha256=identity["source"])  # fmt: skip
+                  manifest_sha256=identity["source"])  # fmt: skip
     return dict(format=1, source=source, dtype=dtype, quantisation=quant and quant.name, sha256=digests)
 
 
@@ -383,11 +383,6 @@ def check_new(folder: epath.Path) -> None:
     taken = folder.exists() and (not folder.is_dir() or any(p.name != ".journal" for p in folder.iterdir()))
     if taken and not ("://" in os.fspath(folder) and not (folder / model_folder.CONFIG).exists()):
         raise ValueError(f"{folder} exists already and is not an empty folder: name a new one for the export")
-
-
-def _sync(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def _check_bias_stored(arrays: Arrays) -> None:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from llama4_jax import hf
@@ -40,7 +40,7 @@ from training.config import RunConfig
 from training.model_folder import CONFIG
 from training.quantised import Dequantised, dequantised
 from training.record import run_record
-from training.safetensors_header import DTYPES, INDEX, SINGLE, Stored, read_json, stored_tensors
+from training.safetensors_header import DTYPES, INDEX, Stored, read_json, stored_tensors
 from training.transfer import Budget, Journal, Progress, check_space, run_all, workplace
 
 PIECE_BYTES = 2**26
@@ -204,7 +204,7 @@ def import_run(
             (step / "state").mkdir(parents=True, exist_ok=True)
             if not list((work).glob("journal-*")):
                 check_space(run, total)
-        _sync(f"import made {run}")
+        sync_global_devices(f"import made {run}")
         arrays = _create_all(opened, learner, step / "state")
         journal = Journal(work / f"journal-{jax.process_index()}.jsonl", lambda: None)  # each chunk is synced
         mine = [job for i, job in enumerate(jobs) if i % jax.process_count() == jax.process_index()]
@@ -212,7 +212,7 @@ def import_run(
         run_all([partial(_move, opened, arrays, job, budget, journal, progress) for job in mine], threads)
         journal.flush()
         progress.close()
-        _sync(f"import wrote {run}")
+        sync_global_devices(f"import wrote {run}")
         if first:
             if of.model.router_bias:
                 arrays |= _biases(of.model, learner, step / "state")
@@ -228,7 +228,7 @@ def import_run(
             if run.exists():
                 run.rmdir()
             work.rename(run)
-        _sync(f"import named {run}")
+        sync_global_devices(f"import named {run}")
     return total
 
 
@@ -313,17 +313,11 @@ def _biases(model: ModelConfig, learner: str, state: epath.Path) -> dict[hf.Path
 
 
 def _identity(opened: Folder) -> str:
-    """A hash of the folder's configuration, index and headers, and of when its shards were written."""
+    """A hash of the folder's configuration and index, and of its shards' names, sizes and times of writing."""
     found = sha256()
-    for name in (CONFIG, INDEX if (opened.path / INDEX).exists() else SINGLE):
-        file = opened.path / name
-        found.update(file.read_bytes() if name != SINGLE else b"")
+    for file in (opened.path / CONFIG, opened.path / INDEX):
+        found.update(file.read_bytes() if file.exists() else b"")
     for file in sorted({os.fspath(s.file) for s in opened.stored.values()}):
         stat = epath.Path(file).stat()
         found.update(json.dumps([os.path.basename(file), stat.length, str(stat.mtime)]).encode())
     return found.hexdigest()
-
-
-def _sync(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)

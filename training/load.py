@@ -13,10 +13,11 @@ from data.tokenizer import Tokenizer
 from llama4_jax.axes import Execution
 from llama4_jax.text import Transformer, abstract
 from training.checkpoint import restore_params
+from training.config import RunConfig
 from training.hf_import import load_hf
 from training.mesh import shardings
 from training.model_folder import read_config, stop_ids
-from training.weights import RunWeights, open_weights
+from training.weights import find_run
 
 
 class Loaded(NamedTuple):
@@ -31,19 +32,27 @@ class Loaded(NamedTuple):
 def load_model(place: str, learner: str | None = None, mesh: Mesh | None = None) -> Loaded:
     """RUN, RUN@STEP, or a folder in Hugging Face's format, in fp32: on the first device, or as in training on `mesh`.
 
-    ValueError or FileNotFoundError says what is missing.
+    `learner`: which of a run that has several; a folder has one. ValueError or FileNotFoundError says what is missing.
     """
-    weights = open_weights(place, learner)
-    if isinstance(weights, RunWeights):
-        arrays = weights.arrays
-        params = restore_params(arrays.folder, arrays.learner, arrays.step, mesh).params
-        tokens = tokenizers.load(tokenizers.find(arrays.folder) or arrays.config.data.tokenizer)
+    if run := find_run(place):
+        weights = restore_params(run[0], learner, run[1], mesh)
+        cfg, params = weights.config.learners[weights.learner].model, weights.params
+        tokens = run_tokenizer(run[0], weights.config)
         stops = (tokens.eos_id,)
     else:
-        structure = nnx.split(abstract(read_config(place)))[1]
-        places = None if mesh is None else shardings(mesh, Execution().specs(structure))
+        cfg = read_config(place)
+        places = None if mesh is None else shardings(mesh, Execution().specs(nnx.split(abstract(cfg))[1]))
         params = load_hf(place, shardings=places)
         tokens = tokenizers.load(epath.Path(place))
         stops = stop_ids(place) or (tokens.eos_id,)
-    model = nnx.merge(nnx.split(abstract(weights.cfg))[0], params)
+    model = nnx.merge(nnx.split(abstract(cfg))[0], params)
     return Loaded(model, tokens, stops)
+
+
+def run_tokenizer(folder: epath.PathLike, cfg: RunConfig) -> Tokenizer:
+    """The tokenizer that `llama4 train` kept in the run's folder, or that its configuration names; FileNotFoundError
+    where there is neither."""
+    kept = tokenizers.find(folder)
+    if kept is None and not cfg.data.tokenizer:
+        raise FileNotFoundError(f"no {tokenizers.MODEL_FILE} or {tokenizers.HF_FILE} in {folder}")
+    return tokenizers.load(kept or cfg.data.tokenizer)

@@ -88,9 +88,9 @@ def _teacher(cfg: RunConfig, name: str) -> str:
         if init.startswith("run:"):
             try:
                 found = Arrays(init.removeprefix("run:"), name if name in _learners(init) else None)
-                return f" (`{init}` at step {found.step}, index sha256 {found.identity()})"
+                return f" (`{init}` at step {found.step}, manifest sha256 {found.identity()})"
             except (ValueError, FileNotFoundError, KeyError):
-                return f" (`{init}`, which is not there any more)"
+                return f" (`{init}`, which cannot be read any more)"
         return f" (`{init or 'seed'}`)"
     if name.startswith("targets:"):
         try:

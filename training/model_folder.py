@@ -73,6 +73,17 @@ def read_config(folder: epath.PathLike) -> ModelConfig:
     return hf.config_from_hf(read_json(epath.Path(folder) / CONFIG))
 
 
+def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
+    """The manifest that an export wrote, empty where there is none; ValueError for one without the tensors' digests."""
+    file = epath.Path(folder) / MANIFEST
+    if not file.exists():
+        return {}
+    manifest = read_json(file, 100_000_000)
+    if not isinstance(manifest.get("sha256"), dict):
+        raise ValueError(f"{file} has no digests of tensors ('sha256'): it is not what was exported")
+    return manifest
+
+
 def stop_ids(folder: epath.PathLike) -> tuple[int, ...]:
     """The ids that end what the folder's model writes, by its generation configuration, else its configuration."""
     for name in (GENERATION, CONFIG):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from etils import epath
+
+from training.manifest import SAFE_NAME
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 """What weights may be stored as, by the format's names; all of them go into fp32 exactly."""
@@ -33,8 +34,6 @@ MAX_INDEX_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
 GAP = 2**15
 """Stretches of a file that lie closer are read with what is between them."""
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-"""What a file in a folder may be called: no path out of it."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def stored_tensors(folder: epath.Path) -> dict[str, Stored]:
         raise FileNotFoundError(f"{folder} holds neither {INDEX} nor {SINGLE}")
     stored: dict[str, Stored] = {}
     for file in sorted({*weight_map.values()}):
-        if not NAME.fullmatch(file):
+        if not SAFE_NAME.fullmatch(file):
             raise ValueError(f"{folder / INDEX}: {file!r} is not the name of a file in this folder")
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder / file} is missing; {INDEX} names it")

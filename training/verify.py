@@ -19,9 +19,9 @@ from etils import epath
 
 from training.hf_import import Folder, open_folder
 from training.layerwise import Model, Numpy, Ours, Transformers
-from training.model_folder import MANIFEST
+from training.model_folder import read_manifest
 from training.quantised import Dequantised
-from training.safetensors_header import Reader, Stored, read_json, stored_tensors
+from training.safetensors_header import ALL_DTYPES, Reader, Stored, stored_tensors
 from training.transfer import Progress
 from training.weights import FolderWeights
 
@@ -134,13 +134,10 @@ def verify(
     )
 
 
-NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I32": "packed integer", "F8_E4M3": "float8_e4m3fn",
-         "I8": "int8"}  # fmt: skip
-
-
 def _dtypes(folder: Folder) -> str:
-    codes = {s.codes.dtype if isinstance(s, Dequantised) else s.dtype for s in folder.stored.values()}
-    return ", ".join(sorted(NAMES.get(code, code) for code in codes))
+    stored = [folder.stored[t.name] for t in folder.table]
+    codes = {s.codes.dtype if isinstance(s, Dequantised) else s.dtype for s in stored}
+    return ", ".join(sorted("packed integer" if code == "I32" else ALL_DTYPES[code].name for code in codes))
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -170,13 +167,14 @@ class Files:
 
 
 def check_files(folder: epath.PathLike, threads: int = 4, log: Callable[[str], object] | None = None) -> Files:
-    """Names, shapes and dtypes of every tensor (ValueError names the first that is wrong), and every digest."""
+    """Names, shapes and dtypes of every tensor (ValueError names the first that is wrong), and every digest of the
+    manifest (`problems` has a line for each tensor that has another, or that either lacks)."""
     folder = epath.Path(folder)
     open_folder(folder)
     stored = stored_tensors(folder)
     total = sum(s.nbytes for s in stored.values())
-    manifest = read_json(folder / MANIFEST, 100_000_000) if (folder / MANIFEST).exists() else {}
-    wanted = manifest.get("sha256") if isinstance(manifest.get("sha256"), dict) else None
+    manifest = read_manifest(folder)
+    wanted = manifest.get("sha256")
     problems: list[str] = []
     if wanted is not None:
         problems += [f"tensor {name} is in the manifest alone" for name in sorted(wanted.keys() - stored.keys())]

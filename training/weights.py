@@ -67,13 +67,20 @@ class RunWeights:
         return np.asarray(array[place].read().result()).astype(np.float32)
 
 
-def open_weights(place: str, learner: str | None = None) -> Weights:
-    """A folder in Hugging Face's format, RUN, or RUN@STEP; FileNotFoundError where it is neither."""
+def find_run(place: str) -> tuple[str, int | None] | None:
+    """(the run's folder, step or None for the newest) of RUN or RUN@STEP, None for a folder in Hugging Face's format;
+    FileNotFoundError where it is neither."""
     run, at, step = place.rpartition("@")
     if not at or not step.isdecimal() or epath.Path(place).exists():
         run, step = place, ""
     if (epath.Path(run) / "checkpoints").exists():
-        return RunWeights(run, learner, int(step) if step else None)
+        return run, int(step) if step else None
     if (epath.Path(place) / CONFIG).exists() and "model_type" in read_json(epath.Path(place) / CONFIG):
-        return FolderWeights(place)
+        return None
     raise FileNotFoundError(f"{place} is neither a run's folder (RUN or RUN@STEP) nor one in Hugging Face's format")
+
+
+def open_weights(place: str, learner: str | None = None) -> Weights:
+    """Of any kind of place, raising as `find_run`."""
+    run = find_run(place)
+    return FolderWeights(place) if run is None else RunWeights(run[0], learner, run[1])

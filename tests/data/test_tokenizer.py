@@ -7,12 +7,14 @@ import importlib.util
 import json
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 from etils import epath
 
-from data import llama4_tokenizer, tokenizer
+from data import llama4_hf, llama4_tokenizer, tokenizer
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. It doesn't stop: 12345 times, it runs.\n",
@@ -165,6 +167,42 @@ CHAT = [
     {"role": "assistant", "content": "\nA token.\n\n漢字"},
     {"role": "user", "content": ""},
 ]
+
+
+@pytest.mark.slow
+def test_llama4_as_huggingface_reads_it_gives_the_same_ids(llama4, tmp_path):
+    """Of texts, and of chats whose contents begin with no newline and name no special token."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers (extra: verify)")
+    llama4.save(tmp_path)
+    llama4_hf.write(llama4, epath.Path(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (len(theirs), theirs.bos_token_id, theirs.eos_token_id) == (202_048, llama4.bos_id, llama4.eos_id)
+    assert theirs.pad_token_id == llama4.pad_id
+    source = Path(tokenizer.__file__).read_text()
+    for text in [*STRINGS, *random_strings(), *TEXTS, source]:
+        ids = [llama4.bos_id, *llama4.encode(text)]
+        assert theirs(text, split_special_tokens=True)["input_ids"] == ids, text
+        assert theirs.decode(ids, skip_special_tokens=True) == llama4.decode(ids)
+    for reply in (False, True):
+        text = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=reply)
+        assert text == llama4_tokenizer.chat_text(CHAT, reply)
+        plain = [{**message, "content": message["content"].replace("<|eot|>", "eot").lstrip("\n")} for message in CHAT]
+        found = theirs.apply_chat_template(plain, add_generation_prompt=reply, return_dict=True)
+        assert found["input_ids"] == llama4.render_chat(plain, reply).tolist()
+
+
+def test_ranks_as_merges_give_the_same_ids():
+    """Of a small vocabulary, with a token that is reached by no merges, but as a whole word."""
+    library = pytest.importorskip("tokenizers", reason="needs tokenizers (extra: hf-tokenizers)")
+    words = [b"he", b"th", b"the", b" t", b" the", b"in", b"ing", b"\xc3\xa9", b"qqqq"]
+    ranks = {token: rank for rank, token in enumerate([*(bytes([b]) for b in range(256)), *words])}
+    made = llama4_hf.tokenizer_json(ranks)
+    assert len(made["model"]["merges"]) == len(words) - 1  # all but qqqq's
+    theirs = library.Tokenizer.from_str(json.dumps(made))
+    theirs.encode_special_tokens = True  # their names in a text are text
+    ours = tiktoken.Encoding("small", pat_str=llama4_tokenizer.O200K_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    for text in ["the thing", "qqqq qqqqq", "caf\u00e9 in the", *STRINGS, *random_strings()]:
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode_ordinary(text), text
 
 
 def test_chat_is_the_published_form(llama4):

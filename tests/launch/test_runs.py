@@ -11,13 +11,14 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import error, output
 
 import configs
-from launch import cli
-from training import lock
+from launch import cli, export, verify
+from training import lock, quantised
 from training.config import RunConfig
 
 REDRAWN = ("report.html", "samples.json", "artifacts.json", lock.FILE)
@@ -60,6 +61,15 @@ def test_train_go_on_export_import(train: str, capsys):
     assert made == {"folder": "hf", "run": "run", "learner": "scout", "step": 2, "dtype": "float32"}
     result = output("verify hf --against numpy", capsys)
     assert result["ok"] and result["files"]["ok"] and result["source"]["compared"], result
+    manifest = Path("hf/llama4_manifest.json")
+    text = manifest.read_text()
+    recorded = json.loads(text)["source"]["manifest_sha256"]
+    manifest.write_text(text.replace(recorded, "0" * 64))
+    assert cli.main(["verify", "hf", "--against", "nothing"]) == 1
+    assert "NOT the source: run@2 is not the checkpoint that was exported" in capsys.readouterr().out
+    manifest.write_text(json.dumps(dict(json.loads(text), sha256=None)))
+    assert "has no digests of tensors" in error("verify hf --against nothing", capsys)
+    manifest.write_text(text)
     assert output("diff run@2 hf", capsys)["equal"]
     assert cli.main(["diff", "run@2", "run@4"]) == 1 and "the first that is not" in capsys.readouterr().out
     prompts = ["--prompt", "a", "--prompt", "bc", "--max-new-tokens", "4", "--temperature", "0", "--json"]
@@ -113,10 +123,14 @@ def test_the_whole_way_in_one_command(train: str, capsys):
     line = f"continue scout --teacher maverick --to longer --against numpy {longer} --train.eval-batches 1"
     made = output(line, capsys)
     assert made["ok"] and made["verify"]["ok"] and made["run"]["step"] == 2
-    assert made["source"].startswith("equal to longer/run@2")
+    assert made["verify"]["source"]["text"].startswith("equal to longer/run@2")
     card = Path("longer/hf/README.md").read_text()
     assert "Built with Llama" in card and "| teacher |" in card and "hf:maverick" in card
     assert output(line, capsys) | {"run": 0} == made | {"run": 0}
+    # Trained further, the earlier export is set aside.
+    more = output(f"{line} --train.steps 3", capsys)
+    assert more["ok"] and more["verify"]["source"]["text"].startswith("equal to longer/run@3")
+    assert [path.name[:10] for path in Path("longer").iterdir() if path.name not in ("run", "hf")] == ["hf-before-"]
 
 
 def data(train: str) -> str:
@@ -135,6 +149,22 @@ def test_a_routers_bias_keeps_from_exporting_until_the_end(train: str, capsys):
     plain = train.replace("--out run", f"--out other {small} --init run:run")
     assert "run:run has router_bias = True, but scout's model has False" in error(plain, capsys)
     assert "the nearest that leaves one is 0.5" in error(f"{biased} --optimizer.decay 0 --train.steps 2", capsys)
+
+
+def test_the_schemes_offered_are_those_there_are():
+    assert tuple(quantised.SCHEMES) == export.QUANTISED
+
+
+@pytest.mark.parametrize(("relative", "ok"), [(0.4, True), (1.0, False), (float("nan"), False)])
+def test_a_quantised_weight_may_not_be_off_by_its_largest(monkeypatch, relative, ok):
+    from training import diff, weights
+
+    monkeypatch.setattr(weights, "FolderWeights", lambda folder: folder)
+    monkeypatch.setattr(weights, "RunWeights", lambda *where: SimpleNamespace(where="run@2"))
+    one = diff.Difference("attention.wq_DNH", 0, relative, relative, equal=False)
+    monkeypatch.setattr(diff, "compare", lambda a, b, rounded: iter([one]))
+    result = verify.compare_source("hf", {"quantisation": "int8", "dtype": "bfloat16"}, "run")
+    assert result["ok"] == ok and ("NOT EQUAL" in result["text"]) != ok
 
 
 def test_verify_has_the_status_of_its_verdict(monkeypatch, capsys):

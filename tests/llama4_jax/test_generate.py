@@ -220,6 +220,7 @@ def test_sharded_weights_generate_the_same():
         (dict(prompts=[[1], [2, 64]]), "prompt 1 holds id 64, outside the model's vocabulary of 64"),
         (dict(eos_ids=[-1]), "eos_ids holds id -1"),
         (dict(max_new_tokens=0), "max_new_tokens must be at least 1"),
+        (dict(piece=0), "piece must be at least 1"),
         (dict(temperature=-0.5), "temperature must not be negative"),
         (dict(top_p=0.0), r"top_p must lie in \(0, 1\]"),
         (dict(temperature=0.6), "needs a key"),
