@@ -32,7 +32,7 @@ def make_eval_step(learner: Learner, mesh: Mesh, domains: int) -> EvalFn:
 
     def local(params: nnx.State, batch: Batch) -> Sums:
         def part(batch: Batch) -> tuple[Sums, None]:
-            out = nnx.merge(model, params)(batch.tokens, batch.positions, batch.segment_ids, run)
+            out = run_model(model, params, batch, run)
             return objective(out, batch, learner, domains, measure=True)[1], None
 
         return summed_in_parts(part, (batch,), learner.microbatches)[0]
