@@ -38,6 +38,7 @@ class ImageShape(NamedTuple):
     size: int  # S, pixels of a tile's side
     tokens: int  # M, of a tile
 
+
 DTYPES = dict(
     tokens=np.int32, labels=np.int32, segment_ids=np.int32, positions=np.int32,
     loss_mask=np.float32, domain=np.int32, first_visit=np.bool_, document_id=np.int32,

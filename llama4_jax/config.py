@@ -72,8 +72,8 @@ class VisionConfig:
                              f"({4 * self.num_heads}), as rows and columns turn pairs")  # fmt: skip
         if self.image_size % (self.patch_size * self.shuffle):
             step = self.patch_size * self.shuffle
-            raise ValueError(f"vision config: image_size ({self.image_size}) must be a multiple of patch_size x shuffle "
-                             f"({step}): the nearest is {max(1, round(self.image_size / step)) * step}")  # fmt: skip
+            raise ValueError(f"vision config: image_size ({self.image_size}) must be a multiple of patch_size x "
+                             f"shuffle ({step}): the nearest is {max(1, round(self.image_size / step)) * step}")  # fmt: skip
 
     @property
     def head_dim(self) -> int:
@@ -228,6 +228,13 @@ def tiny_behemoth() -> ModelConfig:
     """Behemoth for a laptop: half again as wide as its students, 4 experts."""
     return _tiny(behemoth(), embed_dim=192, num_layers=4, num_heads=6, num_kv_heads=2, expert_dim=384, dense_dim=768,
                  num_experts=4)  # fmt: skip
+
+
+def tiny_vision() -> VisionConfig:
+    """The tower for a laptop: tiles of 16 pixels, which become 4 tokens."""
+    return VisionConfig(
+        embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256, image_size=16, patch_size=4, adapter_dim=128
+    )
 
 
 MODELS = {f.__name__: f for f in (scout, maverick, behemoth, tiny_scout, tiny_maverick, tiny_behemoth)}

@@ -400,9 +400,9 @@ class RunConfig:
                    "set train.tiles to 0, or give the model one (llama4_jax.config.with_vision)")  # fmt: skip
             assert vision is not None
             shapes[name] = (vision.image_size, vision.tile_tokens)
-            _check(not learner.distillation.teacher.startswith("stream:"),
-                   f"{name}'s teacher {learner.distillation.teacher} is asked by tokens alone, without images: let it "
-                   "be a learner of this run, or record its targets (targets:DIR)")  # fmt: skip
+            _check(not learner.distillation.remote,
+                   f"{name}'s teacher {learner.distillation.teacher} gives targets by tokens alone, without images: let "
+                   "it be a learner of this run")  # fmt: skip
         _check(len(set(shapes.values())) == 1,
                f"learners of one run see the same tiles, but (pixels a side, tokens) are {shapes}")  # fmt: skip
 

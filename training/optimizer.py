@@ -197,7 +197,9 @@ class Parts(NamedTuple):
 
 
 def in_two(
-    choose: Callable[[tuple[Any, ...], nnx.Variable], bool], chosen: optax.GradientTransformation, others: optax.GradientTransformation
+    choose: Callable[[tuple[Any, ...], nnx.Variable], bool],
+    chosen: optax.GradientTransformation,
+    others: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
     """One transformation for the weights that `choose` picks, another for the others; neither may need the weights."""
 

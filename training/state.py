@@ -67,18 +67,19 @@ def execution(learner: Learner, mesh: Mesh) -> Execution:
     return Execution(
         learner.compute_dtype, learner.reduce_dtype, learner.remat, learner.offload, **chosen,
         dispatch=learner.dispatch, capacity=learner.capacity, quant=learner.quant, platform=platform,
-        rules=_rules(learner.model, mesh),
+        rules=storage_rules(learner.model, mesh.shape),
     )  # fmt: skip
 
 
-def _rules(model: ModelConfig, mesh: Mesh) -> Mapping[str, tuple[str, ...]]:
-    """Where logical axes are stored: the tower's width is no power of two, so only axes that divide it take a part."""
+def storage_rules(model: ModelConfig, sizes: Mapping[str, int]) -> Mapping[str, tuple[str, ...]]:
+    """Where logical axes are stored on a mesh of these sizes: the tower's width is no power of two (1408 = 2^7 x 11),
+    so of the axes that weights are split over those take part that divide it, as many devices as they can be."""
     if model.vision is None:
         return RULES
     width, axes = model.vision.embed_dim, RULES["tower"]
     fitting = [some for n in range(len(axes) + 1) for some in itertools.combinations(axes, n)
-               if width % math.prod(mesh.shape[name] for name in some) == 0]  # fmt: skip
-    return {**RULES, "tower": max(fitting, key=lambda some: math.prod(mesh.shape[name] for name in some))}
+               if width % math.prod(sizes[name] for name in some) == 0]  # fmt: skip
+    return {**RULES, "tower": max(fitting, key=lambda some: math.prod(sizes[name] for name in some))}
 
 
 def run_model(model: nnx.GraphDef, params: nnx.State, batch: Batch, run: Execution) -> Output:
