@@ -121,6 +121,33 @@ def scout_256k() -> RunConfig:
     return full.long_run("pretrain:scout_256k", scout_8k(), {"scout": learner}, 8, MeshConfig(context=32))
 
 
+def scout_images_8k() -> RunConfig:
+    """Scout with its vision tower, as `scout_8k`: rows of 8,192 tokens with room for 16 tiles of images (untuned).
+
+    Command:  llama4 train pretrain:scout_images_8k --data.sources text=DIR pictures=webdataset:DIR --data.tokenizer F
+    Hardware: 128 v5p (v5p:4x4x8)
+    Result:   never run; llama4 plan pretrain:scout_images_8k --topology v5p:4x4x8
+    """
+    return _with_images(scout_8k(), "pretrain:scout_images_8k", tiles=16)
+
+
+def scout_images_256k() -> RunConfig:
+    """Scout with its vision tower, as `scout_256k`, from the end of `scout_images_8k`: 256 tiles a row, which are 48
+    images of 5 (such as 480 x 640 pixels) and some to spare (untuned).
+
+    Command:  llama4 train pretrain:scout_images_256k --from runs/pretrain-scout_images_8k --data.sources text=DIR
+              video=video:DIR --data.tokenizer F
+    Hardware: 256 v5p (v5p:4x8x8)
+    Result:   never run; llama4 plan pretrain:scout_images_256k --topology v5p:4x8x8
+    """
+    return _with_images(scout_256k(), "pretrain:scout_images_256k", tiles=256)
+
+
+def _with_images(cfg: RunConfig, name: str, tiles: int) -> RunConfig:
+    learners = {n: replace(learner, model=with_vision(learner.model)) for n, learner in cfg.learners.items()}
+    return replace(cfg, name=name, learners=learners, train=replace(cfg.train, tiles=tiles))
+
+
 def maverick_8k() -> RunConfig:
     """Maverick, rows of 8,192 tokens, 8.4M tokens a step (untuned).
 
@@ -160,5 +187,5 @@ def behemoth_8k() -> RunConfig:
 
 PRESETS = (
     tiny, tiny_images, tiny_behemoth_teacher, tiny_behemoth_long, tiny_long,
-    scout_8k, scout_256k, maverick_8k, maverick_256k, behemoth_8k,
+    scout_8k, scout_256k, scout_images_8k, scout_images_256k, maverick_8k, maverick_256k, behemoth_8k,
 )  # fmt: skip

@@ -43,6 +43,7 @@ DTYPES = dict(
     tokens=np.int32, labels=np.int32, segment_ids=np.int32, positions=np.int32,
     loss_mask=np.float32, domain=np.int32, first_visit=np.bool_, document_id=np.int32,
 )  # fmt: skip
+FIELDS = tuple(DTYPES)  # those that every batch has
 
 
 def padding(rows: int, seq_len: int, pad_id: int, images: ImageShape | None = None) -> Batch:

@@ -1,9 +1,9 @@
 """Documents with images: how records spell them, and how they become tokens and tiles.
 
-A record's images are its "image" or its "images" (a list): encoded bytes, the same in base64 (as JSON has it), an object
-with "bytes" (as Parquet and Hugging Face's datasets have it), or pixels, uint8 [height, width] or [height, width, 1, 3 or
-4]. In its text <|image|> stands for each, in order; where there is none, the images stand in front of the text. In the
-text of a record without images <|image|> is text like any other.
+A record's images are its "image" or its "images" (a list): encoded bytes, the same in base64 (as JSON has it), an
+object with "bytes" (as Parquet and Hugging Face's datasets have it), or pixels, uint8 [height, width] or
+[height, width, 1, 3 or 4]. In its text <|image|> stands for each, in order; where there is none, the images stand in
+front of the text. In the text of a record without images <|image|> is text like any other.
 """
 
 from __future__ import annotations

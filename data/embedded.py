@@ -1,8 +1,8 @@
 """The corpora that need no download: the running interpreter's standard library, and prose out of packages.
 
 "code" is the standard library's modules, "prose" the documentation inside the packages that this project depends on.
-"digits" is images with captions: the handwritten digits of scikit-learn (8 x 8 pixels of UCI's optical recognition set),
-some in a row, each followed by its name.
+"digits" is images with captions: the handwritten digits of scikit-learn (8 x 8 pixels, of UCI's optical recognition
+set), some in a row, each followed by its name.
 """
 
 from __future__ import annotations

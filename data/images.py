@@ -3,8 +3,8 @@
 **Tiles.** A tile is S pixels square. An image goes onto a canvas of a x b tiles (rows x columns), a b <= `most`: with
 s = min(aS / h, bS / w), the canvas of the smallest s >= 1 if there is any, else of the largest s; of several the one of
 least area. It is scaled, keeping its aspect, to fit th = min(max(h, S), aS), tw = min(max(w, S), bS) (bilinear,
-antialiased), padded with black at the right and bottom, and cut row by row. With more than one tile a last one shows the
-whole image, stretched to S x S. Pixels stay bytes: that 0..255 becomes -1..1 is the model's business.
+antialiased), padded with black at the right and bottom, and cut row by row. With more than one tile a last one shows
+the whole image, stretched to S x S. Pixels stay bytes: that 0..255 becomes -1..1 is the model's business.
 
 **Tokens.** One tile: start, image, its patches, end. More: start; row by row the patches of each tile, with a separator
 between columns and another one behind every row; image, the patches of the whole, end. The text model's embeddings of

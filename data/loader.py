@@ -119,6 +119,14 @@ class Corpus:
         pad_id = self.tokenizer.pad_id
         return [build_batch(rows[i : i + batch], seq_len, pad_id, self.images) for i in range(0, len(rows), batch)]
 
+    def heldout_of(self, domain: str, batch: int, seq_len: int, chunk: int) -> Iterator[Batch]:
+        """All held-out documents of a domain, in batches of so many rows, the last one filled with padding."""
+        d = self.domains.index(domain)
+        rows = self._heldout_rows(d, seq_len, chunk, 2**31)
+        for i in range(0, len(rows), batch):
+            some = rows[i : i + batch] + [([], {})] * max(0, i + batch - len(rows))
+            yield build_batch(some, seq_len, self.tokenizer.pad_id, self.images)
+
     def check_heldout(self, batch: int, max_batches: int) -> None:
         """ValueError where that many held-out rows cannot show every domain."""
         if batch * max_batches < len(self.domains):

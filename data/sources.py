@@ -13,8 +13,8 @@ A source is named by a path whose suffix, or whose content if it is a folder, sa
     images:FOLDER, webdataset:PATH, video:FOLDER
                                          images and videos with captions (data/image_sources.py)
 
-The document is a record's "text" (or "content"), with its images if it has any (data/content.py), and its domain the record's "domain", or else the name that the source
-was given under.
+The document is a record's "text" (or "content"), with its images if it has any (data/content.py), and its domain the
+record's "domain", or else the name that the source was given under.
 """
 
 from __future__ import annotations

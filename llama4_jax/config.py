@@ -72,8 +72,9 @@ class VisionConfig:
                              f"({4 * self.num_heads}), as rows and columns turn pairs")  # fmt: skip
         if self.image_size % (self.patch_size * self.shuffle):
             step = self.patch_size * self.shuffle
+            nearest = max(1, round(self.image_size / step)) * step
             raise ValueError(f"vision config: image_size ({self.image_size}) must be a multiple of patch_size x "
-                             f"shuffle ({step}): the nearest is {max(1, round(self.image_size / step)) * step}")  # fmt: skip
+                             f"shuffle ({step}): the nearest is {nearest}")  # fmt: skip
 
     @property
     def head_dim(self) -> int:

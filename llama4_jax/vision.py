@@ -108,16 +108,15 @@ def _attend(q_PNH: jax.Array, k_SNH: jax.Array, v_SNH: jax.Array) -> jax.Array:
 
 def to_patches(cfg: VisionConfig, tiles: UInt8[Array, "I Y X 3"]) -> Float[Array, "I P C"]:
     """Pixels 0..255 -> patches row by row, each flattened by colour, row and column, scaled to -1..1."""
-    I, side, size = tiles.shape[0], cfg.grid, cfg.patch_size
-    x = tiles.reshape(I, side, size, side, size, 3).transpose(0, 1, 3, 5, 2, 4)
-    return x.reshape(I, side * side, 3 * size * size).astype(jnp.float32) / 127.5 - 1
+    side, size = cfg.grid, cfg.patch_size
+    x = tiles.reshape(-1, side, size, side, size, 3).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(-1, side * side, 3 * size * size).astype(jnp.float32) / 127.5 - 1
 
 
 def merge_patches(cfg: VisionConfig, x_IPD: Float[Array, "I P D"]) -> Float[Array, "I M W"]:
     """Pixel shuffle: squares of `shuffle` x `shuffle` patches, row by row, each its patches' vectors row by row."""
-    I, _, D = x_IPD.shape
-    to, s = cfg.grid // cfg.shuffle, cfg.shuffle
-    return x_IPD.reshape(I, to, s, to, s, D).transpose(0, 1, 3, 2, 4, 5).reshape(I, to * to, s * s * D)
+    D, to, s = cfg.embed_dim, cfg.grid // cfg.shuffle, cfg.shuffle
+    return x_IPD.reshape(-1, to, s, to, s, D).transpose(0, 1, 3, 2, 4, 5).reshape(-1, to * to, s * s * D)
 
 
 class Adapter(nnx.Module):

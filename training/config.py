@@ -401,8 +401,8 @@ class RunConfig:
             assert vision is not None
             shapes[name] = (vision.image_size, vision.tile_tokens)
             _check(not learner.distillation.remote,
-                   f"{name}'s teacher {learner.distillation.teacher} gives targets by tokens alone, without images: let "
-                   "it be a learner of this run")  # fmt: skip
+                   f"{name}'s teacher {learner.distillation.teacher} gives targets by tokens alone, without images: "
+                   "let it be a learner of this run")  # fmt: skip
         _check(len(set(shapes.values())) == 1,
                f"learners of one run see the same tiles, but (pixels a side, tokens) are {shapes}")  # fmt: skip
 

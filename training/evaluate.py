@@ -17,7 +17,7 @@ from training.goodput import spent
 from training.mesh import BATCH_SPEC
 from training.metrics import measured, prefix
 from training.objectives import Sums, objective
-from training.state import TrainState, execution, graphdef
+from training.state import TrainState, execution, graphdef, run_model
 from training.step import summed_in_parts
 
 EvalFn = Callable[[nnx.State, Batch], Sums]

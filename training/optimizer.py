@@ -68,7 +68,8 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, mesh: Mesh | None = None) -
     * adafactor: `scale_by_factored_moment`.
     * muon: `scale_by_muon` for the hidden layers' matrices, adamw's for all else.
 
-    What `cfg.vision` holds has no moments and does not move. `mesh` is where the weights lie, None on one device: it changes where muon works, not what comes of it.
+    What `cfg.vision` holds has no moments and does not move. `mesh` is where the weights lie, None on one device: it
+    changes where muon works, not what comes of it.
     """
     adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moment_dtype)
     direction = {

@@ -36,7 +36,7 @@ from training.config import Learner, RunConfig
 from training.loop import put_local
 from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
 from training.start import check_init, given_params
-from training.state import execution, graphdef
+from training.state import execution, graphdef, run_model
 from training.step import summed_in_parts
 from training.target_record import Form
 from training.targets import Identity, Pieces, Writer, names, pieces

@@ -112,7 +112,10 @@ def fused_rows(tower: VisionConfig, tiles_of_rows: list[list[int]], length: int)
     return np.where(slots >= 0, PATCH, tokens), slots
 
 
-@pytest.mark.parametrize(("name", "text"), [("plain", "scout"), ("theta_six_heads", "maverick"), ("plain", "top2_qk_norm_chunk16")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("plain", "scout"), ("theta_six_heads", "maverick"), ("plain", "top2_qk_norm_chunk16")],
+)
 def test_the_whole_model_equals_transformers(name, text):
     """Rows with images of 1, 3 and 5 tiles, of none, and of two images, in sequences of several chunks."""
     tower = TOWERS[name]

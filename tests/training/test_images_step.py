@@ -97,7 +97,9 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n != "context_tensor" else []) for n in MESHES])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["context_tensor", *(pytest.param(name, marks=pytest.mark.slow) for name in ("expert", "replica_tensor"))]
+)
 def test_sharded_equals_unsharded_with_images_in_some_rows(name):
     loss, whole = gradients(MeshConfig(), 1)
     sharded_loss, sharded = gradients(MESHES[name], 8)
