@@ -69,6 +69,16 @@ def tiny_behemoth_teacher() -> RunConfig:
     )  # fmt: skip
 
 
+def tiny_behemoth_images() -> RunConfig:
+    """A tiny Behemoth on the embedded text and on images of handwritten digits, to teach others.
+
+    Command:  llama4 train pretrain:tiny_behemoth_images
+    Hardware: 2 CPU cores, four minutes
+    Result:   TODO
+    """
+    return with_digits(tiny_behemoth_teacher(), "pretrain:tiny_behemoth_images")
+
+
 def tiny_behemoth_long() -> RunConfig:
     """A tiny Behemoth on ten times the tokens of `tiny`, to teach in experiments (`configs/ablation.py`).
 
@@ -186,6 +196,6 @@ def behemoth_8k() -> RunConfig:
 
 
 PRESETS = (
-    tiny, tiny_images, tiny_behemoth_teacher, tiny_behemoth_long, tiny_long,
+    tiny, tiny_images, tiny_behemoth_teacher, tiny_behemoth_images, tiny_behemoth_long, tiny_long,
     scout_8k, scout_256k, scout_images_8k, scout_images_256k, maverick_8k, maverick_256k, behemoth_8k,
 )  # fmt: skip
