@@ -149,7 +149,7 @@ class Corpus:
         gone: list[Span] = []
         if self.images:
             packed, gone = spill(packed, documents, self.images)
-        while gone:  # they have a row of their own kind
+        while gone and self.images:  # they have rows of their own
             more, gone = spill(pack(gone, seq_len, chunk), documents, self.images)
             packed += more
         # When other domains run out of rows, this one may have to fill their turns: keep all that may be asked for.

@@ -77,13 +77,14 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, mesh: Mesh | None = None) -
         "adafactor": scale_by_factored_moment(cfg.b2, cfg.eps),
         "muon": in_two(lambda _, p: is_hidden_matrix(p), scale_by_muon(cfg.b1, cfg.moment_dtype, mesh), adam),
     }[cfg.kind]
-    decayed: Callable[[Any], Any] = decays
     if cfg.vision != "all":
         direction = in_two(lambda path, _: _learns(cfg, path), direction, optax.set_to_zero())
 
-        def decayed(params: Any) -> Any:
-            flat = nnx.to_flat_state(decays(params))
-            return nnx.from_flat_state([(path, p.replace(p.get_value() and _learns(cfg, path))) for path, p in flat])
+    def decayed(params: Any) -> Any:
+        if cfg.vision == "all":
+            return decays(params)
+        flat = nnx.to_flat_state(decays(params))
+        return nnx.from_flat_state([(path, p.replace(p.get_value() and _learns(cfg, path))) for path, p in flat])
 
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -27,13 +28,18 @@ TEXT = CASES["scout"]
 CFG = with_vision(TEXT, TOWER)
 
 
+@cache
+def params() -> nnx.State:
+    return jax.tree.map(jax.numpy.asarray, our_state(CFG, random_weights(CFG)))
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("tokenizers", reason="tokenizer.json files need the extra [hf-tokenizers]")
     folder = tmp_path_factory.mktemp("whole")
     write_tokenizer(folder)
     tokenizer = HFTokenizer(*((folder / f"tokenizer{x}.json").read_bytes() for x in ("", "_config")))
-    save_hf(our_state(CFG, random_weights(CFG)), CFG, folder / "hf", dtype="float32", tokenizer=tokenizer)
+    save_hf(params(), CFG, folder / "hf", dtype="float32", tokenizer=tokenizer)
     return folder / "hf"
 
 
@@ -55,7 +61,7 @@ def test_the_folder_says_what_transformers_needs(exported):
 def test_it_comes_back_whole_and_as_text_alone(exported):
     assert read_config(exported) == CFG
     assert read_config(exported, vision=False) == TEXT
-    ours, back = our_state(CFG, random_weights(CFG)), load_hf(exported)
+    ours, back = params(), load_hf(exported)
     assert jax.tree.structure(back) == jax.tree.structure(nnx.split(abstract(CFG))[1])
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(back), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -66,7 +72,7 @@ def test_it_comes_back_whole_and_as_text_alone(exported):
 def test_a_tokenizer_without_images_is_refused(tmp_path):
     plain = SentencePieceTokenizer(train_bpe([f"a few words of text, number {n}" for n in range(300)], 320))
     with pytest.raises(ValueError, match="its tokenizer has no special tokens for images"):
-        save_hf(our_state(CFG, random_weights(CFG)), CFG, tmp_path / "hf", tokenizer=plain)
+        save_hf(params(), CFG, tmp_path / "hf", tokenizer=plain)
     assert not (tmp_path / "hf").exists()
 
 
