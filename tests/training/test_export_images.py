@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from training.model_folder import read_config
 from training.verify import verify
 
 TOWER = VisionConfig(embed_dim=32, num_layers=2, num_heads=4, mlp_dim=128, image_size=24, patch_size=4, adapter_dim=20)
-TEXT = CASES["scout"]
+TEXT = replace(CASES["scout"], vocab_size=272)  # as many as the tokenizer has
 CFG = with_vision(TEXT, TOWER)
 
 
