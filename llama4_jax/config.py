@@ -234,8 +234,9 @@ def tiny_behemoth() -> ModelConfig:
 def tiny_vision() -> VisionConfig:
     """The tower for a laptop: tiles of 16 pixels, which become 4 tokens; weights larger, as its sums are shorter."""
     return VisionConfig(
-        embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256, image_size=16, patch_size=4, adapter_dim=128
-    )
+        embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256, image_size=16, patch_size=4, adapter_dim=128,
+        init_std=0.08,
+    )  # fmt: skip
 
 
 MODELS = {f.__name__: f for f in (scout, maverick, behemoth, tiny_scout, tiny_maverick, tiny_behemoth)}
