@@ -31,7 +31,7 @@ def tiny_images() -> RunConfig:
 
     Command:  llama4 train codistill:tiny_images
     Hardware: 2 CPU cores, three minutes, after llama4 train pretrain:tiny_behemoth_images
-    Result:   TODO
+    Result:   not measured yet
     """
     cfg = pretrain.with_digits(tiny(), "codistill:tiny_images")
     teacher = replace(cfg.learners["behemoth"], init="run:runs/pretrain-tiny_behemoth_images")

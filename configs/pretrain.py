@@ -51,7 +51,7 @@ def tiny_images() -> RunConfig:
 
     Command:  llama4 train pretrain:tiny_images
     Hardware: 2 CPU cores, two minutes
-    Result:   TODO
+    Result:   not measured yet
     """
     return with_digits(tiny(), "pretrain:tiny_images")
 
@@ -74,7 +74,7 @@ def tiny_behemoth_images() -> RunConfig:
 
     Command:  llama4 train pretrain:tiny_behemoth_images
     Hardware: 2 CPU cores, four minutes
-    Result:   TODO
+    Result:   not measured yet
     """
     return with_digits(tiny_behemoth_teacher(), "pretrain:tiny_behemoth_images")
 
