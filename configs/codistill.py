@@ -27,7 +27,9 @@ def tiny() -> RunConfig:
 
 
 def tiny_images() -> RunConfig:
-    """A frozen tiny Behemoth teaches a tiny Maverick and a tiny Scout, on text and images; each has a tower of its own.
+    """A frozen tiny Behemoth teaches a tiny Maverick and a tiny Scout, on text and images.
+
+    Each has a vision tower of its own.
 
     Command:  llama4 train codistill:tiny_images
     Hardware: 2 CPU cores, three minutes, after llama4 train pretrain:tiny_behemoth_images

@@ -132,7 +132,7 @@ def scout_256k() -> RunConfig:
 
 
 def scout_images_8k() -> RunConfig:
-    """Scout with its vision tower, as `scout_8k`: rows of 8,192 tokens with room for 16 tiles of images (untuned).
+    """Scout with its vision tower: as `scout_8k`, with room for 16 tiles of images in a row (untuned).
 
     Command:  llama4 train pretrain:scout_images_8k --data.sources text=DIR pictures=webdataset:DIR --data.tokenizer F
     Hardware: 128 v5p (v5p:4x4x8)
@@ -142,8 +142,9 @@ def scout_images_8k() -> RunConfig:
 
 
 def scout_images_256k() -> RunConfig:
-    """Scout with its vision tower, as `scout_256k`, from the end of `scout_images_8k`: 256 tiles a row, which are 48
-    images of 5 (such as 480 x 640 pixels) and some to spare (untuned).
+    """Scout with its vision tower: as `scout_256k`, from the end of `scout_images_8k`, with 256 tiles in a row.
+
+    These are 48 images of 5 tiles (such as 480 x 640 pixels), and some to spare (untuned).
 
     Command:  llama4 train pretrain:scout_images_256k --from runs/pretrain-scout_images_8k --data.sources text=DIR
               video=video:DIR --data.tokenizer F
