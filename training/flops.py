@@ -82,9 +82,9 @@ def active_matmul_parameters(model: ModelConfig) -> int:
     return sum(flops for part, flops in forward(model, 1).items() if part not in ATTENTION) // 2
 
 
-def of_step(cfg: RunConfig) -> Mapping[tuple[str, str], float]:
+def of_step(cfg: RunConfig) -> Mapping[tuple[str, str], int | float]:
     """FLOPs a token of a step of all learners, by learner and part."""
-    step: dict[tuple[str, str], float] = {}
+    step: dict[tuple[str, str], int | float] = {}
     for name, learner in cfg.learners.items():
         if cfg.images:
             tile = vision(learner.model, learner.optimizer.vision if learner.optimizer else "none")
@@ -98,6 +98,6 @@ def of_step(cfg: RunConfig) -> Mapping[tuple[str, str], float]:
     return step
 
 
-def step_per_token(cfg: RunConfig) -> float:
+def step_per_token(cfg: RunConfig) -> int | float:
     """FLOPs a token of a step of all learners: what MFU is of."""
     return sum(of_step(cfg).values())

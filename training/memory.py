@@ -123,7 +123,7 @@ def vision_weights(model: ModelConfig, tensor: int) -> tuple[float, float]:
         return 0.0, 0.0
     D, A = v.embed_dim, v.adapter_dim
     tower = v.num_layers * (4 * D * D + 2 * D * v.mlp_dim) / tensor + 3 * v.patch_size**2 * D
-    return tower, A * (v.shuffle**2 * D + A + model.embed_dim)
+    return tower, float(A * (v.shuffle**2 * D + A + model.embed_dim))
 
 
 def vision_activations(
