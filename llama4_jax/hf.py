@@ -240,10 +240,10 @@ def config_from_hf(config: Mapping[str, Any], vision: bool = True) -> ModelConfi
     tower: VisionConfig | None = None
     if is_whole_model(config):
         _check_known(config, WHOLE_MODEL)
-        tower = _vision(_section(config, "vision_config")) if vision else None
-        config = _section(config, "text_config")
+        whole, config = config, _section(config, "text_config")
         if is_whole_model(config):
             raise ValueError("config.json: text_config must be of model_type 'llama4_text'")
+        tower = _vision(_section(whole, "vision_config")) if vision else None
     _check_known(config, PATTERN | SIZES.keys() | SETTINGS.keys())
     if missing := [name for name in SIZES if config.get(name) is None]:
         raise ValueError(f"config.json: {missing[0]!r} is missing")

@@ -207,7 +207,8 @@ def vision_error(folder: epath.PathLike, seed: int) -> float:
     assert cfg.vision is not None
     size = cfg.vision.image_size
     tiles = np.random.default_rng(seed).integers(0, 256, (TILES, size, size, 3), np.uint8)
-    tensors = {t.name: opened.stored[t.name].whole().astype(np.float32) for t in opened.table if t.paths[0][0] == "vision"}
+    of_vision = [t.name for t in opened.table if t.paths[0][0] == "vision"]
+    tensors = {name: opened.stored[name].whole().astype(np.float32) for name in of_vision}
     settings = hf_vision.config_to_hf(cfg.vision)
     model: Any = Llama4VisionModel(Llama4VisionConfig(**settings, attn_implementation="eager")).eval()
     named = {name.removeprefix(hf_vision.PREFIX): torch.from_numpy(x) for name, x in tensors.items()}
