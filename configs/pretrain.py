@@ -142,9 +142,9 @@ def scout_images_8k() -> RunConfig:
 
 
 def scout_images_256k() -> RunConfig:
-    """Scout with its vision tower: as `scout_256k`, from the end of `scout_images_8k`, with 256 tiles in a row.
+    """Scout with its vision tower: as `scout_256k`, with room for 256 tiles of images in a row (untuned).
 
-    These are 48 images of 5 tiles (such as 480 x 640 pixels), and some to spare (untuned).
+    These are 48 images of 5 tiles (such as 480 x 640 pixels), and some to spare. From the end of `scout_images_8k`.
 
     Command:  llama4 train pretrain:scout_images_256k --from runs/pretrain-scout_images_8k --data.sources text=DIR
               video=video:DIR --data.tokenizer F
