@@ -115,7 +115,8 @@ def frames(data: bytes, most: int) -> list[np.ndarray]:
     except ImportError as error:
         raise ValueError("videos are read with the package av: run pip install 'llama4_jax[video]'") from error
     try:
-        with av.open(io.BytesIO(data)) as container:
+        opened: Any = av.open(io.BytesIO(data))
+        with opened as container:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
             count = stream.frames or sum(

@@ -210,7 +210,8 @@ def vision_error(folder: epath.PathLike, seed: int) -> float:
     of_vision = [t.name for t in opened.table if t.paths[0][0] == "vision"]
     tensors = {name: opened.stored[name].whole().astype(np.float32) for name in of_vision}
     settings = hf_vision.config_to_hf(cfg.vision)
-    model: Any = Llama4VisionModel(Llama4VisionConfig(**settings, attn_implementation="eager")).eval()
+    make: Any = Llama4VisionConfig
+    model: Any = Llama4VisionModel(make(**settings, attn_implementation="eager")).eval()
     named = {name.removeprefix(hf_vision.PREFIX): torch.from_numpy(x) for name, x in tensors.items()}
     projector = named.pop("multi_modal_projector.linear_1.weight")
     model.load_state_dict(named, strict=True)
