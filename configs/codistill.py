@@ -26,6 +26,20 @@ def tiny() -> RunConfig:
     return replace(pretrain.tiny(), name="codistill:tiny", learners={"behemoth": teacher, **_students()})
 
 
+def tiny_images() -> RunConfig:
+    """A frozen tiny Behemoth teaches a tiny Maverick and a tiny Scout, on text and images.
+
+    Each has a vision tower of its own.
+
+    Command:  llama4 train codistill:tiny_images
+    Hardware: 2 CPU cores, three minutes, after llama4 train pretrain:tiny_behemoth_images
+    Result:   not measured yet
+    """
+    cfg = pretrain.with_digits(tiny(), "codistill:tiny_images")
+    teacher = replace(cfg.learners["behemoth"], init="run:runs/pretrain-tiny_behemoth_images")
+    return replace(cfg, learners=cfg.learners | {"behemoth": teacher})
+
+
 def tiny_cotrained() -> RunConfig:
     """A tiny Behemoth teaches a tiny Maverick and a tiny Scout while it learns itself.
 
@@ -66,4 +80,4 @@ def maverick_scout_from_behemoth() -> RunConfig:
     return full.run(name, learners, full.TOKENS["behemoth"], 4096, 8192, mesh)
 
 
-PRESETS = (tiny, tiny_cotrained, maverick_scout_from_behemoth)
+PRESETS = (tiny, tiny_images, tiny_cotrained, maverick_scout_from_behemoth)

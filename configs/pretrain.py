@@ -6,7 +6,16 @@ from dataclasses import replace
 
 from configs import full
 from data.config import DataConfig
-from llama4_jax.config import ModelConfig, behemoth, maverick, scout, tiny_behemoth, tiny_scout
+from llama4_jax.config import (
+    ModelConfig,
+    behemoth,
+    maverick,
+    scout,
+    tiny_behemoth,
+    tiny_scout,
+    tiny_vision,
+    with_vision,
+)
 from training.config import Learner, MeshConfig, OptimizerConfig, RunConfig, Schedule, Stage, TrainConfig
 
 DATA = DataConfig(vocab_size=2048)
@@ -29,6 +38,24 @@ def tiny() -> RunConfig:
     return RunConfig("pretrain:tiny", {"scout": tiny_learner(tiny_scout())}, DATA, train=TRAIN)
 
 
+def with_digits(cfg: RunConfig, name: str) -> RunConfig:
+    """A tiny run on text and images in the same rows: every model gets a tower, a fifth of the tokens are digits."""
+    learners = {n: replace(x, model=with_vision(x.model, tiny_vision())) for n, x in cfg.learners.items()}
+    sources = {"code": "embedded:code", "digits": "embedded:digits", "prose": "embedded:prose"}
+    data = replace(cfg.data, sources=sources, weights={"digits": 0.2}, heldout=0.05)
+    return replace(cfg, name=name, learners=learners, data=data, train=replace(cfg.train, tiles=16))
+
+
+def tiny_images() -> RunConfig:
+    """A tiny Scout on the embedded text and on images of handwritten digits, each followed by its name.
+
+    Command:  llama4 train pretrain:tiny_images
+    Hardware: 2 CPU cores, two minutes
+    Result:   not measured yet
+    """
+    return with_digits(tiny(), "pretrain:tiny_images")
+
+
 def tiny_behemoth_teacher() -> RunConfig:
     """A tiny Behemoth on the embedded text, to teach others.
 
@@ -40,6 +67,16 @@ def tiny_behemoth_teacher() -> RunConfig:
     return RunConfig(
         "pretrain:tiny_behemoth_teacher", {"behemoth": tiny_learner(tiny_behemoth())}, DATA, train=train
     )  # fmt: skip
+
+
+def tiny_behemoth_images() -> RunConfig:
+    """A tiny Behemoth on the embedded text and on images of handwritten digits, to teach others.
+
+    Command:  llama4 train pretrain:tiny_behemoth_images
+    Hardware: 2 CPU cores, four minutes
+    Result:   not measured yet
+    """
+    return with_digits(tiny_behemoth_teacher(), "pretrain:tiny_behemoth_images")
 
 
 def tiny_behemoth_long() -> RunConfig:
@@ -94,6 +131,34 @@ def scout_256k() -> RunConfig:
     return full.long_run("pretrain:scout_256k", scout_8k(), {"scout": learner}, 8, MeshConfig(context=32))
 
 
+def scout_images_8k() -> RunConfig:
+    """Scout with its vision tower: as `scout_8k`, with room for 16 tiles of images in a row (untuned).
+
+    Command:  llama4 train pretrain:scout_images_8k --data.sources text=DIR pictures=webdataset:DIR --data.tokenizer F
+    Hardware: 128 v5p (v5p:4x4x8)
+    Result:   never run; llama4 plan pretrain:scout_images_8k --topology v5p:4x4x8
+    """
+    return _with_images(scout_8k(), "pretrain:scout_images_8k", tiles=16)
+
+
+def scout_images_256k() -> RunConfig:
+    """Scout with its vision tower: as `scout_256k`, with room for 256 tiles of images in a row (untuned).
+
+    These are 48 images of 5 tiles (such as 480 x 640 pixels), and some to spare. From the end of `scout_images_8k`.
+
+    Command:  llama4 train pretrain:scout_images_256k --from runs/pretrain-scout_images_8k --data.sources text=DIR
+              video=video:DIR --data.tokenizer F
+    Hardware: 256 v5p (v5p:4x8x8)
+    Result:   never run; llama4 plan pretrain:scout_images_256k --topology v5p:4x8x8
+    """
+    return _with_images(scout_256k(), "pretrain:scout_images_256k", tiles=256)
+
+
+def _with_images(cfg: RunConfig, name: str, tiles: int) -> RunConfig:
+    learners = {n: replace(learner, model=with_vision(learner.model)) for n, learner in cfg.learners.items()}
+    return replace(cfg, name=name, learners=learners, train=replace(cfg.train, tiles=tiles))
+
+
 def maverick_8k() -> RunConfig:
     """Maverick, rows of 8,192 tokens, 8.4M tokens a step (untuned).
 
@@ -132,6 +197,6 @@ def behemoth_8k() -> RunConfig:
 
 
 PRESETS = (
-    tiny, tiny_behemoth_teacher, tiny_behemoth_long, tiny_long,
-    scout_8k, scout_256k, maverick_8k, maverick_256k, behemoth_8k,
+    tiny, tiny_images, tiny_behemoth_teacher, tiny_behemoth_images, tiny_behemoth_long, tiny_long,
+    scout_8k, scout_256k, scout_images_8k, scout_images_256k, maverick_8k, maverick_256k, behemoth_8k,
 )  # fmt: skip

@@ -28,6 +28,8 @@ class DataConfig:
     with one; `llama4`: Llama 4's, from the installed llama-models package; empty: a BPE is trained on the corpus."""
     vocab_size: int = 4096
     """Size of the vocabulary when the tokenizer is trained here."""
+    image_tiles: int = 16
+    """Most tiles that an image is cut into, beside the one that shows it whole; frames of videos are one tile."""
     heldout: float = 0.02
     """Share of the documents held out for evaluation, chosen by the hash of their content."""
     bad_records: float = 0.001
@@ -49,5 +51,7 @@ class DataConfig:
                 raise ValueError(f"data.repeats and data.caps must be above 0; {name!r} has {most}")
         if not 0 <= self.bad_records < 1:
             raise ValueError(f"data.bad_records is a share of the records, from 0 to below 1, not {self.bad_records}")
+        if not 1 <= self.image_tiles <= 16:
+            raise ValueError(f"data.image_tiles lies between 1 and 16, not {self.image_tiles}")
         if self.vocab_size < 300:
             raise ValueError(f"data.vocab_size must be at least 300 (256 bytes and the specials): {self.vocab_size}")

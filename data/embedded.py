@@ -1,12 +1,15 @@
 """The corpora that need no download: the running interpreter's standard library, and prose out of packages.
 
 "code" is the standard library's modules, "prose" the documentation inside the packages that this project depends on.
+"digits" is images with captions: the handwritten digits of scikit-learn (8 x 8 pixels, of UCI's optical recognition
+set), some in a row, each followed by its name.
 """
 
 from __future__ import annotations
 
 import ast
 import gc
+import gzip
 import importlib.util
 import inspect
 import json
@@ -14,14 +17,18 @@ import sys
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 from etils import epath
 
 from data.cache import cached, fingerprint
+from data.content import MARK, Illustrated
 
-NAMES = ("code", "prose")
+NAMES = ("code", "prose", "digits")
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS_IN_A_ROW = 4  # of a document
 PROSE_PACKAGES = ("numpy", "scipy", "jax", "flax", "optax", "orbax", "grain", "matplotlib")
 MIN_DOCSTRING = 200  # characters
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -32,7 +39,31 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "testing", "_testing", "encodi
 
 def texts(name: str, cache: epath.Path) -> list[str]:
     """The documents of an embedded corpus, one of `NAMES`."""
-    return {"code": lambda: list(_standard_library()), "prose": lambda: _prose(cache)}[name]()
+    found: dict[str, Callable[[], list[str]]] = {
+        "code": lambda: list(_standard_library()), "prose": lambda: _prose(cache), "digits": digits
+    }  # fmt: skip
+    return found[name]()
+
+
+def digits() -> list[str]:
+    """Documents of a few digits each, of no digit two: `<|image|> seven<|image|> three ...`."""
+    pixels, names = _digits()
+    order = np.random.default_rng(0).permutation(len(names))  # as filed, one can be told from those before it
+    pixels, names = pixels[order], names[order]
+    images = [(16 * row.reshape(8, 8)).clip(0, 255).astype(np.uint8) for row in pixels]
+    return [
+        Illustrated("".join(f"{MARK} {DIGIT_NAMES[name]}" for name in names[some]), tuple(images[some]))
+        for some in (slice(first, first + DIGITS_IN_A_ROW) for first in range(0, len(images), DIGITS_IN_A_ROW))
+    ]
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [N, 64] of 0 to 16 and names [N], out of scikit-learn's file, without importing it."""
+    found = [root / "datasets/data/digits.csv.gz" for root in _package_folders("sklearn")]
+    if not found or not found[0].exists():
+        raise ValueError("embedded:digits are those of scikit-learn: run pip install scikit-learn")
+    table = np.loadtxt(gzip.open(found[0], "rt"), delimiter=",", dtype=np.int64)  # noqa: SIM115
+    return table[:, :-1], table[:, -1]
 
 
 def _modules(root: Path) -> Iterator[Path]:

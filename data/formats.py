@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from data.content import FIELDS as IMAGE_FIELDS
 from data.index import MAX_DOCUMENT, TEXT_FIELDS, BadRecord, Item, one_line
 
 PROSE = ".txt .text .md .markdown .rst .tex .org .adoc"
@@ -82,9 +83,12 @@ class Files:
     unit = "record"
 
     def __init__(self, place: str, cache: epath.Path):
-        self.files = files_of(place, self.kind)
+        self.files = self.find(place)
         self.shards = [str(file) for file in self.files]
         self.stats = [file.stat() for file in self.files]
+
+    def find(self, place: str) -> list[epath.Path]:
+        return files_of(place, self.kind)
 
     def stamp(self) -> Iterable[object]:
         yield type(self).__name__
@@ -231,7 +235,10 @@ def _row_counts(file: Any) -> list[int]:
 
 def _rows(file: Any, group: int) -> Sequence[dict[str, Any]]:
     """The text and domain of a row group's rows; strings as bytes, so that each is checked by itself."""
-    names = [name for name in (*TEXT_FIELDS, "domain") if name in file.schema_arrow.names]
+    wanted = (*TEXT_FIELDS, "domain", *IMAGE_FIELDS, "caption")
+    present = file.schema_arrow.names
+    pictured = any(name in present for name in IMAGE_FIELDS)
+    names = [name for name in wanted if name in present and (pictured or name != "caption")]
     table = file.read_row_group(group, columns=names, use_threads=False)
     columns = {name: _values(table.column(name)) for name in names}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)] or [{}] * len(table)

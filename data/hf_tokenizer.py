@@ -73,6 +73,9 @@ class HFTokenizer(Tokenizer):
     def _plain(self, text: str) -> np.ndarray:
         return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def special(self, name: str) -> int | None:
+        return self._special.get(name)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 

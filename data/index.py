@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from data.cache import cached, fingerprint
+from data.content import MARK, Illustrated, has_images, illustrated
 
 MAX_DOCUMENT = 64 << 20  # bytes of a line or a document; a longer one is a bad record
 TEXT_FIELDS = ("text", "content")
@@ -135,6 +136,25 @@ def document(record: Mapping[str, Any], text_field: str = "", domain: str = "") 
     return raw, _utf8(own).decode()
 
 
+def pictured(record: Mapping[str, Any], check: bool = False) -> tuple[str, str]:
+    """Text and domain of a record as `document` has them, with images where there are any (`data/content.py`); `check`:
+    they are looked at."""
+    if not has_images(record):
+        raw, domain = document(record)
+        return raw.decode(), domain
+    names = [name for name in (*TEXT_FIELDS, "caption") if record.get(name) is not None]
+    if not names or not record[names[0]]:  # images alone
+        _, domain = document(dict(record) | {"text": MARK}, "text")
+        return illustrated("", record, check), domain
+    raw, domain = document(record, names[0])
+    return illustrated(raw.decode(), record, check), domain
+
+
+def raw_bytes(text: str) -> bytes:
+    """What the content hash of a document is of."""
+    return text.raw if isinstance(text, Illustrated) else text.encode()
+
+
 def _utf8(text: str | bytes) -> bytes:
     try:
         if isinstance(text, str):
@@ -235,12 +255,14 @@ class _Pass:
         why = item.why
         if not why:
             try:
-                raw, domain = document(item.fields)
+                text, domain = pictured(item.fields, check=True)
             except ValueError as error:
                 why = str(error)
             else:
                 number = self.names.setdefault(domain, len(self.names))
-                row = (content_hash(raw), len(raw), shard, item.start, item.length, number)
+                raw = raw_bytes(text)
+                size = text.size if isinstance(text, Illustrated) else len(raw)
+                row = (content_hash(raw), size, shard, item.start, item.length, number)
                 for column, value in zip(self.columns.values(), row, strict=True):
                     column.append(value)
                 return

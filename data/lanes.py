@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.batch import Batch
-from data.packing import Document, Key, Piece, Row, Span, build_batch, cut, deal, pack
+from data.batch import Batch, ImageShape
+from data.packing import Document, Key, Piece, Row, Span, build_batch, cut, deal, pack, spill
 
 WINDOW_TOKENS = 2**16
 WINDOW_ROWS = 4  # at least
@@ -112,10 +112,11 @@ class Lanes:
 
     def __init__(
         self, domains: Sequence[Domain], mine: Iterable[int], count: int, seq_len: int, chunk: int, pad_id: int,
-        seed: int, pool: ThreadPoolExecutor, pass_tokens: int,
+        seed: int, pool: ThreadPoolExecutor, pass_tokens: int, images: ImageShape | None = None,
     ):  # fmt: skip
         """`pass_tokens` is what one pass over the corpus has, about."""
         self._domains, self._mine, self._count = domains, tuple(mine), count
+        self._images = images
         self._seq_len, self._chunk, self._pad_id, self._seed, self._pool = seq_len, chunk, pad_id, seed, pool
         of_a_pass = int(pass_tokens / (count * seq_len * OF_A_PASS))
         self.window_rows = max(WINDOW_ROWS, min(WINDOW_TOKENS // seq_len, of_a_pass))
@@ -134,7 +135,8 @@ class Lanes:
         """The next row of each lane."""
         if not self._next:
             self._next = [self._pool.submit(self._window, *of, {}) for of in zip(self._mine, self._states, strict=True)]
-        return build_batch([self._row(n) for n in range(len(self._mine))], self._seq_len, self._pad_id)
+        return build_batch([self._row(n) for n in range(len(self._mine))], self._seq_len, self._pad_id,
+                           self._images)  # fmt: skip
 
     def _row(self, n: int) -> Row:
         state, window = self._states[n], self._windows[n]
@@ -212,13 +214,16 @@ class Lanes:
         chosen = [packed[row] for row in random.permutation(order[:rows])]
         if rows <= DEALT:
             chosen = deal(chosen, self._seq_len, self._chunk, len(self._domains))
+        gone: list[Span] = []
+        if self._images:
+            chosen, gone = spill(chosen, documents, self._images)
         counts = np.zeros((len(chosen), len(self._domains)), np.int64)
         for row, pieces in enumerate(chosen):
             for piece in pieces:
                 counts[row, piece.key[0]] += piece.stop - piece.start
         even = _evenly(counts)
         waiting = sorted(
-            (part.key, part.start) for row in [held, *(packed[row] for row in order[rows:])] for part in row
+            (part.key, part.start) for row in [held, gone, *(packed[row] for row in order[rows:])] for part in row
         )
         then = LaneState(state.window + 1, 0, tuple(read), tuple(tokens), (), (), tuple(waiting))
         return _Window([chosen[row] for row in even], counts[even], documents, then)

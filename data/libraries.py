@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from data.content import FIELDS as IMAGE_FIELDS
 from data.index import TEXT_FIELDS, Item, one_line
 
 SPLIT = "train"
@@ -97,7 +98,9 @@ def hf(place: str, cache: epath.Path) -> Examples:
             if wanted not in data:
                 raise ValueError(f"no split {wanted!r}; it has {', '.join(data)}")
             data = data[wanted]
-        data = data.select_columns([c for c in (*TEXT_FIELDS, "domain") if c in data.column_names])
+        data = data.select_columns(
+            [c for c in (*TEXT_FIELDS, "caption", "domain", *IMAGE_FIELDS) if c in data.column_names]
+        )
     except Exception as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"hf cannot open {place}: {one_line(error)}") from error

@@ -73,6 +73,9 @@ class Llama4Tokenizer(Tokenizer):
         arrays = [np.frombuffer(array("i", self._bpe.encode_ordinary(part)), np.int32) for part in parts]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
+    def special(self, name: str) -> int | None:
+        return SPECIAL_IDS.get(name)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._bpe.decode([int(i) for i in ids if i < RANKS])
 

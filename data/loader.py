@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import grain
@@ -17,11 +17,12 @@ import sentencepiece
 from etils import epath
 
 from data import mixture, sources, synthetic, tokenizer
-from data.batch import Batch
+from data.batch import Batch, ImageShape
 from data.cache import cached, fingerprint
 from data.config import DataConfig
+from data.content import MARK, Illustrated, tokenise
 from data.lanes import Domain, Lanes, LaneState
-from data.packing import Document, Key, Row, build_batch, check_grid, cut, pack
+from data.packing import Document, Key, Row, Span, build_batch, check_grid, cut, pack, spill
 
 BPE_SAMPLE = 6_000_000  # bytes of text on which a tokenizer is trained
 THREADS = min(8, os.cpu_count() or 1)  # in which windows of lanes are read, tokenised and packed
@@ -34,15 +35,17 @@ class Corpus:
     """The documents of a run: tokenised, split into training and held-out ones, ready to be packed."""
 
     def __init__(self, documents: Sequence[sources.Source], train: Sequence[np.ndarray], heldout: Sequence[np.ndarray],
-                 tokens: tokenizer.Tokenizer, cfg: DataConfig, cache: epath.Path):  # fmt: skip
+                 tokens: tokenizer.Tokenizer, cfg: DataConfig, cache: epath.Path,
+                 images: ImageShape | None = None):  # fmt: skip
         self.sources, self._train, self._heldout = documents, train, heldout
-        self._cfg, self._cache = cfg, cache
+        self._cfg, self._cache, self.images = cfg, cache, images
         self.tokenizer = tokens
         self.domains: tuple[str, ...] = tuple(source.name for source in documents)
         self.training_sizes: tuple[int, ...] = tuple(map(len, train))  # documents of each domain
         self.heldout_sizes: tuple[int, ...] = tuple(map(len, heldout))
         self.hash = _corpus_hash(documents, train)
-        counts = cache / f"tokens-{fingerprint([self.hash, tokens.hash])}.json"
+        shape = [*images, cfg.image_tiles] if images else []
+        counts = cache / f"tokens-{fingerprint([self.hash, tokens.hash, *shape])}.json"
         self.mean_tokens: dict[str, float] = json.loads(cached(counts, self._count_tokens))
         sizes = {name: mean * len(part) for (name, mean), part in zip(self.mean_tokens.items(), train, strict=True)}
         self.shares: dict[str, float] = mixture.token_shares(sizes, cfg.weights)
@@ -52,14 +55,23 @@ class Corpus:
         self.tokens = round(sum(sizes.values()))
 
     def _count_tokens(self) -> bytes:
-        parts = zip(self.sources, self._train, strict=True)
-        return json.dumps({s.name: mixture.tokens_per_document(s, part, self.tokenizer) for s, part in parts}).encode()
+        counts = {}
+        for source, part in zip(self.sources, self._train, strict=True):
+            count = partial(self._length, source) if self.images else None
+            counts[source.name] = mixture.tokens_per_document(source, part, self.tokenizer, count=count)
+        return json.dumps(counts).encode()
+
+    def _length(self, source: sources.Source, index: int) -> int:
+        """Tokens of a document without bos and eos, those of its images included."""
+        if source.ids is not None:
+            return len(source.ids(index)) - 2
+        return len(tokenise(source[index], self.tokenizer, self.images, self._cfg.image_tiles)[0]) - 2
 
     @classmethod
     def open(cls, cfg: DataConfig, cache: epath.PathLike, log: Callable[[str], object] = print,
-             tokens: tokenizer.Tokenizer | None = None) -> Corpus:  # fmt: skip
+             tokens: tokenizer.Tokenizer | None = None, images: ImageShape | None = None) -> Corpus:  # fmt: skip
         """Read, split and, unless one is given or named, train a tokenizer; what was built before is reused from
-        `cache`."""
+        `cache`. `images`: the room for them in a row; None for text alone."""
         started = time.monotonic()
         cache = epath.Path(cache)
         if tokens is None and cfg.tokenizer:
@@ -72,10 +84,11 @@ class Corpus:
         train, heldout = sources.split(documents, cfg.heldout)
         if tokens is None:
             parts = (_corpus_hash(documents, train), cfg.vocab_size, BPE_SAMPLE, sentencepiece.__version__)
-            file = cache / f"bpe-{fingerprint(parts)}.model"
+            file = cache / f"bpe-{fingerprint(parts)}{'-images' * bool(images)}.model"
             sample = _sample(documents, train, BPE_SAMPLE)
-            tokens = tokenizer.from_bytes(cached(file, lambda: tokenizer.train_bpe(sample, cfg.vocab_size)))
-        corpus = cls(documents, train, heldout, tokens, cfg, cache)
+            bpe = cached(file, lambda: tokenizer.train_bpe(sample, cfg.vocab_size, bool(images)))
+            tokens = tokenizer.from_bytes(bpe)
+        corpus = cls(documents, train, heldout, tokens, cfg, cache, images)
         parts = ", ".join(f"{s.name} {s.sizes.sum() / 1e6:.1f} MB {corpus.shares[s.name]:.0%}" for s in documents)
         skipped = sum(source.skipped for source in documents)
         bad = f", {skipped:,} bad records skipped" if skipped else ""
@@ -91,8 +104,8 @@ class Corpus:
             return self
         documents = ("sources", "synthetic", "bad_records", "heldout")
         if any(getattr(cfg, name) != getattr(self._cfg, name) for name in documents):
-            return Corpus.open(cfg, self._cache, log, self.tokenizer)
-        return Corpus(self.sources, self._train, self._heldout, self.tokenizer, cfg, self._cache)
+            return Corpus.open(cfg, self._cache, log, self.tokenizer, self.images)
+        return Corpus(self.sources, self._train, self._heldout, self.tokenizer, cfg, self._cache, self.images)
 
     def heldout(self, batch: int, seq_len: int, chunk: int, max_batches: int) -> list[Batch]:
         """At most `max_batches` batches of held-out rows, the same at every call; padding rows complete the last.
@@ -105,7 +118,15 @@ class Corpus:
         rows = [rows[n] for n in range(max(map(len, turns))) for rows in turns if n < len(rows)][: batch * max_batches]
         rows += [([], {})] * (-len(rows) % batch)
         pad_id = self.tokenizer.pad_id
-        return [build_batch(rows[i : i + batch], seq_len, pad_id) for i in range(0, len(rows), batch)]
+        return [build_batch(rows[i : i + batch], seq_len, pad_id, self.images) for i in range(0, len(rows), batch)]
+
+    def heldout_of(self, domain: str, batch: int, seq_len: int, chunk: int) -> Iterator[Batch]:
+        """All held-out documents of a domain, in batches of so many rows, the last one filled with padding."""
+        d = self.domains.index(domain)
+        rows = self._heldout_rows(d, seq_len, chunk, 2**31)
+        for i in range(0, len(rows), batch):
+            some = rows[i : i + batch] + [([], {})] * max(0, i + batch - len(rows))
+            yield build_batch(some, seq_len, self.tokenizer.pad_id, self.images)
 
     def check_heldout(self, batch: int, max_batches: int) -> None:
         """ValueError where that many held-out rows cannot show every domain."""
@@ -126,13 +147,28 @@ class Corpus:
             if tokens >= 8 * wanted * seq_len:
                 break
         packed = pack(spans, seq_len, chunk)
+        gone: list[Span] = []
+        if self.images:
+            packed, gone = spill(packed, documents, self.images)
+        while gone and self.images:  # they have rows of their own
+            more, gone = spill(pack(gone, seq_len, chunk), documents, self.images)
+            packed += more
         # When other domains run out of rows, this one may have to fill their turns: keep all that may be asked for.
         kept = np.unique(np.linspace(0, len(packed) - 1, min(most, len(packed))).astype(int))
         order = np.argsort(np.arange(len(kept)) * 0.6180339887498949 % 1, kind="stable")  # any first few are spread
         return [(packed[kept[i]], documents) for i in order]
 
     def _document(self, domain: int, index: int, visit: int) -> Document:
-        return Document(self.sources[domain].document(index, self.tokenizer), domain, index, visit == 0)
+        """ValueError names the document whose images have no room."""
+        source = self.sources[domain]
+        if source.ids is not None:
+            return Document(source.ids(index), domain, index, visit == 0)
+        text = source[index]
+        try:
+            tokens, images = tokenise(text, self.tokenizer, self.images, self._cfg.image_tiles)
+        except ValueError as error:
+            raise ValueError(f"document {index} of {self.domains[domain]}: {error}") from error
+        return Document(tokens, domain, index, visit == 0, images)
 
     def train(self, batch: int, seq_len: int, chunk: int, seed: int, process_index: int = 0, process_count: int = 1,
               place: Mapping[str, Any] | None = None, crossing: bool = False) -> TrainIterator:  # fmt: skip
@@ -160,6 +196,8 @@ class Corpus:
             repeats=self._cfg.repeats, caps=self._cfg.caps, behind=place["stream"]["behind"] if place else {},
             spent=place["stream"]["spent"] if place else {},
         )  # fmt: skip
+        if self.images:
+            identity["images"] = [*self.images, self._cfg.image_tiles]
         if place and crossing and place["stream"] != identity:
             identity |= {"behind": documents_read(place), "spent": tokens_of_stages(place)}
             place = None
@@ -170,7 +208,8 @@ class Corpus:
         def lanes() -> Lanes:
             behind, spent = identity["behind"].get(self.hash, {}), identity["spent"]
             domains = [self._domain(d, seed, behind, spent) for d in range(len(self.domains))]
-            return Lanes(domains, mine, batch, seq_len, chunk, self.tokenizer.pad_id, seed, pool, self.tokens)
+            return Lanes(domains, mine, batch, seq_len, chunk, self.tokenizer.pad_id, seed, pool, self.tokens,
+                         self.images)  # fmt: skip
 
         iterator = TrainIterator(_Batches(lanes), identity, pool)
         if place:
@@ -222,7 +261,8 @@ def _sample(documents: Sequence[sources.Source], train: Sequence[np.ndarray], mo
         before = np.cumsum(source.sizes[order]) - source.sizes[order]
         share = -(-most * int(source.sizes[part].sum()) // total)  # in Python's integers: 64 bits are too few
         for index in order[before < share]:
-            yield source[int(index)]
+            text = source[int(index)]
+            yield text.replace(MARK, "") if isinstance(text, Illustrated) else text
 
 
 def documents_read(place: Mapping[str, Any]) -> dict[str, dict[str, list[list[int]]]]:

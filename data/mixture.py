@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
@@ -46,17 +46,22 @@ def check_names(field: str, given: Iterable[str], domains: Collection[str]) -> N
             )
 
 
-def tokens_per_document(source: Source, indices: np.ndarray, tokenizer: Tokenizer, sample: int = 16 << 20) -> float:
+def tokens_per_document(
+    source: Source, indices: np.ndarray, tokenizer: Tokenizer, sample: int = 16 << 20,
+    count: Callable[[int], int] | None = None,
+) -> float:  # fmt: skip
     """Mean tokens of a document, bos and eos included, from the exact mean of its bytes and a sample's tokens a byte.
 
     The sample, `sample` bytes or the whole domain if that is less, is taken in the order of the content hashes, so it
-    does not depend on the documents' order. Tokenizers leave the interpreter free while they encode.
+    does not depend on the documents' order; `count` says how many tokens one of them has without those two, by default
+    its text alone. Tokenizers leave the interpreter free while they encode.
     """
     order = indices[np.argsort(source.hashes[indices], kind="stable")]
     before = np.cumsum(source.sizes[order]) - source.sizes[order]
     order = order[before < sample]
     with ThreadPoolExecutor() as pool:
-        tokens = sum(pool.map(lambda index: len(source.document(index, tokenizer)) - 2, order.tolist()))
+        counts = count or (lambda index: len(source.document(index, tokenizer)) - 2)
+        tokens = sum(pool.map(counts, order.tolist()))
     return 2 + float(source.sizes[indices].mean()) * tokens / max(int(source.sizes[order].sum()), 1)
 
 

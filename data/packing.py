@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.batch import Batch, padding
+from data.batch import Batch, ImageShape, padding
+from data.content import Images
 
 Key = tuple[int, int]
 """Names a document: its domain, and its place in that domain's order."""
@@ -34,6 +35,7 @@ class Document(NamedTuple):
     domain: int
     document_id: int  # its index within its domain
     first_visit: bool
+    images: Images | None = None
 
 
 class Span(NamedTuple):
@@ -165,12 +167,49 @@ def deal(rows: Sequence[list[Piece]], seq_len: int, chunk: int, domains: int) ->
     raise AssertionError("single cells always find room")
 
 
-def build_batch(rows: Sequence[Row], seq_len: int, pad_id: int) -> Batch:
+def tiles_of(piece: Piece, documents: Mapping[Key, Document], tokens: int) -> tuple[int, int]:
+    """[first, stop) of the document's tiles, of so many tokens each, that a piece needs: those it has any token of."""
+    images = documents[piece.key].images
+    slots = images.slots[piece.start : piece.stop] if images else np.empty(0, np.int32)
+    slots = slots[slots >= 0]
+    return (int(slots[0]) // tokens, int(slots[-1]) // tokens + 1) if len(slots) else (0, 0)
+
+
+def spill(
+    rows: Sequence[list[Piece]], documents: Mapping[Key, Document], images: ImageShape
+) -> tuple[list[list[Piece]], list[Span]]:
+    """The rows with no more tiles than they have room for, and the spans that had to go; the smallest go first.
+
+    ValueError for a span that has more tiles than any row has room for: nothing with images is dropped.
+    """
+    kept, gone = [], []
+    for row in rows:
+        counts = {piece: stop - first for piece in row for first, stop in [tiles_of(piece, documents, images.tokens)]}
+        over = sum(counts.values()) - images.tiles
+        staying = set(row)
+        for piece in sorted(row, key=lambda piece: (counts[piece], piece.stop - piece.start)):
+            if counts[piece] > images.tiles:
+                document = documents[piece.key]
+                raise ValueError(
+                    f"document {document.document_id} of domain {document.domain} has {counts[piece]} tiles within a "
+                    f"row, for which train.tiles ({images.tiles}) leaves no room: set it to at least {counts[piece]}, "
+                    "or data.image_tiles lower"
+                )
+            if over > 0 and counts[piece]:
+                over -= counts[piece]
+                staying.remove(piece)
+                gone.append(Span(piece.key, piece.start, piece.stop))
+        kept.append([piece for piece in row if piece in staying])
+    return kept, gone
+
+
+def build_batch(rows: Sequence[Row], seq_len: int, pad_id: int, images: ImageShape | None = None) -> Batch:
     """A batch [B, T] of rows, each of its pieces and the documents they are of; no pieces give a row of padding.
 
-    A document of n tokens has the labels tokens[1:], across its cuts too; only its last token has none (loss mask 0).
+    A document of n tokens has the labels tokens[1:], across its cuts too; its last token has none (loss mask 0), and
+    what stands before a token of an image has none either. `images`: the room for tiles, which rows must not exceed.
     """
-    batch, places = padding(len(rows), seq_len, pad_id), np.arange(seq_len, dtype=np.int32)
+    batch, places = padding(len(rows), seq_len, pad_id, images), np.arange(seq_len, dtype=np.int32)
     for row, (pieces, documents) in enumerate(rows):
         for segment, piece in enumerate(sorted(pieces, key=lambda piece: piece.at), 1):
             document = documents[piece.key]
@@ -180,9 +219,34 @@ def build_batch(rows: Sequence[Row], seq_len: int, pad_id: int) -> Batch:
             batch.tokens[row, span] = document.tokens[piece.start : piece.stop]
             batch.labels[row, piece.at : piece.at + len(labels)] = labels
             batch.loss_mask[row, piece.at : piece.at + len(labels)] = 1
+            if document.images is not None:
+                inside = document.images.inside[piece.start + 1 : piece.stop + 1]
+                batch.loss_mask[row, piece.at : piece.at + len(labels)] = ~inside
             batch.segment_ids[row, span] = segment
             batch.positions[row, span] = places[:length]
             batch.domain[row, span] = document.domain
             batch.first_visit[row, span] = document.first_visit
             batch.document_id[row, span] = document.document_id
+        if images is not None:
+            _place_tiles(batch, row, sorted(pieces, key=lambda piece: piece.at), documents, images)
     return batch
+
+
+def _place_tiles(
+    batch: Batch, row: int, pieces: Sequence[Piece], documents: Mapping[Key, Document], shape: ImageShape
+) -> None:
+    """The tiles of a row's pieces, one behind the other, and which of their tokens stand where."""
+    used = 0
+    for piece in pieces:
+        first, stop = tiles_of(piece, documents, shape.tokens)
+        if stop == first:
+            continue
+        if used + stop - first > shape.tiles:
+            raise ValueError(f"a row has {used + stop - first} tiles, above train.tiles ({shape.tiles})")
+        images = documents[piece.key].images
+        assert images is not None
+        batch.tiles[row, used : used + stop - first] = images.tiles[first:stop]
+        slots = images.slots[piece.start : piece.stop]
+        here = slice(piece.at, piece.at + piece.stop - piece.start)
+        batch.slots[row, here] = np.where(slots >= 0, slots + (used - first) * shape.tokens, -1)
+        used += stop - first

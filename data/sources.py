@@ -2,16 +2,19 @@
 
 A source is named by a path whose suffix, or whose content if it is a folder, says its kind, or by KIND:PLACE:
 
-    embedded:code, embedded:prose        no download (data/embedded.py)
+    embedded:code, embedded:prose, embedded:digits
+                                         no download (data/embedded.py); digits are images with captions
     jsonl:PATH, parquet:PATH, array_record:PATH
                                          a file, or a folder with such files in it or below it
     text:FOLDER                          every plain-text file in it or below it is a document (formats.TEXT_SUFFIXES)
     tfds:NAME[/CONFIG][@DATA_DIR][:SPLIT], tfds:FOLDER[:SPLIT]
                                          TensorFlow Datasets in ArrayRecord form, without TensorFlow; split train
     hf:NAME_OR_FOLDER[:SPLIT]            Hugging Face datasets (the extra `hf`); split train
+    images:FOLDER, webdataset:PATH, video:FOLDER
+                                         images and videos with captions (data/image_sources.py)
 
-The document is a record's "text" (or "content"), and its domain the record's "domain", or else the name that the source
-was given under.
+The document is a record's "text" (or "content"), with its images if it has any (data/content.py), and its domain the
+record's "domain", or else the name that the source was given under.
 """
 
 from __future__ import annotations
@@ -29,16 +32,20 @@ from etils import epath
 
 from data import embedded, formats, libraries
 from data.array_record import ArrayRecords
-from data.index import Index, Reader, content_hash, document, one_line, open_index
+from data.image_sources import Captioned, Videos, WebDataset
+from data.index import Index, Reader, content_hash, one_line, open_index, pictured, raw_bytes
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
 __all__ = ["EMBEDDED", "KINDS", "Source", "content_hash", "from_texts", "open_sources", "split"]
 
-EMBEDDED = {name: f"embedded:{name}" for name in embedded.NAMES}
+EMBEDDED = {name: f"embedded:{name}" for name in embedded.NAMES if name != "digits"}
 KINDS: dict[str, Callable[[str, epath.Path], Reader]] = {
-    **{reader.kind: reader for reader in (formats.JsonLines, formats.Parquet, ArrayRecords, formats.Text)},
+    **{
+        reader.kind: reader
+        for reader in (formats.JsonLines, formats.Parquet, ArrayRecords, formats.Text, Captioned, WebDataset, Videos)
+    },
     "tfds": libraries.tfds,
     "hf": libraries.hf,
 }
@@ -69,7 +76,7 @@ class Source:
 
 def from_texts(name: str, texts: Sequence[str]) -> Source:
     """A source over texts in memory; empty and repeated ones are dropped."""
-    unique = {content_hash(raw): (text, len(raw)) for text in texts if (raw := text.encode()).strip()}
+    unique = {content_hash(raw): (text, len(raw)) for text in texts if (raw := raw_bytes(text)).strip()}
     kept, sizes = [text for text, _ in unique.values()], [size for _, size in unique.values()]
     return Source(name, np.fromiter(unique, np.uint64, len(unique)), np.array(sizes, np.int64), kept.__getitem__)
 
@@ -119,14 +126,14 @@ def _open(name: str, place: str, cache: epath.Path, bad_records: float,
 def _read(reader: Reader, index: Index, rows: np.ndarray, i: int) -> str:
     row = int(rows[i])
     try:
-        raw, _ = document(reader.read(int(index.shard[row]), int(index.start[row]), int(index.length[row])))
+        text, _ = pictured(reader.read(int(index.shard[row]), int(index.start[row]), int(index.length[row])))
     except ValueError as error:
         raise ValueError(f"{_where(reader, index, row)}: cannot be read any more: {one_line(error)}") from error
-    if content_hash(raw) != index.hash[row]:
+    if content_hash(raw_bytes(text)) != index.hash[row]:
         raise ValueError(
             f"{_where(reader, index, row)}: is not what its index says; it was changed since it was indexed"
         )
-    return raw.decode()
+    return text
 
 
 def _where(reader: Reader, index: Index, row: int) -> str:

@@ -18,6 +18,8 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
+from data.images import NAMES, ImageIds
+
 MODEL_FILE, HF_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
 
@@ -51,6 +53,17 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+
+    def special(self, name: str) -> int | None:
+        """The id of a special token that no text is encoded to, None where there is none of that name."""
+        return None
+
+    @property
+    def image_ids(self) -> ImageIds | None:
+        """The special tokens of images, None where any of them is missing."""
+        found = {kind: self.special(name) for kind, name in NAMES.items()}
+        ids = {kind: i for kind, i in found.items() if i is not None}
+        return ImageIds(**ids) if len(ids) == len(NAMES) else None
 
     def document(self, text: str) -> np.ndarray:
         """A whole document, int32 [T]: bos, the text's tokens, eos."""
@@ -88,6 +101,10 @@ class SentencePieceTokenizer(Tokenizer):
         first, *rest = map(encode, text.split("\u2581"))
         return np.concatenate([first, *(ids for part in rest for ids in (self._bar, part))])
 
+    def special(self, name: str) -> int | None:
+        piece = self._sp.piece_to_id(name)
+        return piece if self._sp.is_control(piece) else None
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._sp.decode([int(i) for i in ids])
 
@@ -95,7 +112,8 @@ class SentencePieceTokenizer(Tokenizer):
         """Also writes the `tokenizer_config.json` with which transformers' AutoTokenizer reads the folder."""
         super().save(folder)
         name = self._sp.id_to_piece
-        config = dict(
+        images = dict(additional_special_tokens=list(NAMES.values())) if self.image_ids else {}
+        config = images | dict(
             tokenizer_class="LlamaTokenizer",
             bos_token=name(self.bos_id), eos_token=name(self.eos_id), unk_token=name(self._sp.unk_id()),
             pad_token=name(self.pad_id), legacy=False, add_prefix_space=False, add_bos_token=True, add_eos_token=False,
@@ -171,8 +189,8 @@ def load(path: epath.PathLike) -> Tokenizer:
         raise ValueError(f"{file}: {error}") from error
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Train a sentencepiece BPE and return its model file.
+def train_bpe(texts: Iterable[str], vocab_size: int, images: bool = False) -> bytes:
+    """Train a sentencepiece BPE and return its model file; with the special tokens of `images` where there are any.
 
     Nothing is normalised, runs of spaces are merged as words are, digits stand alone, and what the vocabulary lacks
     (a newline too) is spelled in UTF-8 bytes. The same texts in the same order give the same bytes.
@@ -186,6 +204,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
             byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
             add_dummy_prefix=False, allow_whitespace_only_pieces=True, split_digits=True, max_sentence_length=1 << 16,
             unk_id=0, bos_id=1, eos_id=2, pad_id=3, num_threads=4, minloglevel=2,
+            control_symbols=list(NAMES.values()) if images else [],
         )  # fmt: skip
     except RuntimeError as error:
         low = re.search(r"required_chars\. \d+ vs (\d+)", str(error))

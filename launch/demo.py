@@ -1,5 +1,7 @@
 """`llama4 demo`: the whole way on this machine: a teacher, two students, exports, verification, samples, a report.
 
+The models read text and images of handwritten digits in the same rows, and are asked to name digits they have not seen.
+
 Run again, it goes on where it was stopped; what is done already is kept.
 """
 
@@ -27,9 +29,12 @@ if TYPE_CHECKING:
 TAKES_OVERRIDES = True
 SHARED = ("--train.", "--data.", "--mesh.")
 RUNS = {
-    "behemoth": ("pretrain:tiny_behemoth_teacher", "a tiny Behemoth, which will teach"),
-    "codistill": ("codistill:tiny", "a tiny Maverick and a tiny Scout learn from one pass of the frozen Behemoth"),
-    "labels": ("pretrain:tiny", "the same Scout on the same tokens, from labels alone"),
+    "behemoth": ("pretrain:tiny_behemoth_images", "a tiny Behemoth, which will teach"),
+    "codistill": (
+        "codistill:tiny_images",
+        "a tiny Maverick and a tiny Scout learn from one pass of the frozen Behemoth",
+    ),
+    "labels": ("pretrain:tiny_images", "the same Scout on the same tokens, from labels alone"),
 }
 STUDENTS = ("maverick", "scout")
 PROMPTS = ("def main(", "class Queue:\n", "Return the", "Parameters\n----------\n")
@@ -41,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", default="runs/demo", help="where everything goes (default: runs/demo)")
     parser.add_argument("--json", action="store_true", help="print what was made as JSON; the log goes to stderr")
     parser.epilog = (
-        f"It trains {', '.join(preset for preset, _ in RUNS.values())} on the text that comes with the installed\n"
-        "packages. Fields of train, data and mesh can be given, and hold for all three."
+        f"It trains {', '.join(preset for preset, _ in RUNS.values())} on text and images that come with the\n"
+        "installed packages. Fields of train, data and mesh can be given, and hold for all three."
     )
 
 
@@ -73,6 +78,9 @@ def _runs(args: argparse.Namespace) -> dict[str, RunConfig]:
     runs = {}
     for name, (preset, _) in RUNS.items():
         cfg = dataclasses.replace(overrides.apply(configs.find(preset), args), out=f"{out}/{name}")
+        if "digits" not in cfg.data.sources:  # other documents than the preset's
+            weights = {domain: share for domain, share in cfg.data.weights.items() if domain != "digits"}
+            cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, weights=weights))
         if name == "codistill":
             teacher = dataclasses.replace(cfg.learners["behemoth"], init=f"run:{out}/behemoth")
             cfg = dataclasses.replace(cfg, learners=cfg.learners | {"behemoth": teacher})
@@ -96,10 +104,14 @@ def _after_training(out: epath.Path, runs: dict[str, RunConfig]) -> dict[str, An
         (out / name / "samples.json").write_text(json.dumps(texts, indent=1))
         for text in texts[:1]:
             print(f"--- {name}/{text['learner']}: {text['prompt']}{text['text']}")
+    print("\n7. Let them name handwritten digits that they have not seen")
+    named = made.stage("naming", lambda: _naming(out, runs))
+    for name, one in named.items():
+        print(f"{name}: {one['text']}")
     (folder / "artifacts.json").write_text(json.dumps(_artifacts(out, exports, verified), indent=1))
     page = report.write([str(out / name) for name in ("codistill", "labels", "behemoth")], str(out / "report.html"))
-    _print_table(out, runs, verified, str(page))
-    return dict(export=exports, verify=verified, samples=samples, report=str(page))
+    _print_table(out, runs, verified, named, str(page))
+    return dict(export=exports, verify=verified, samples=samples, naming=named, report=str(page))
 
 
 class Made:
@@ -170,6 +182,29 @@ def _continue(folder: epath.Path, learner: str) -> list[str]:
     return [tokenizer.decode(ids) for ids in new]
 
 
+def _naming(out: epath.Path, runs: dict[str, RunConfig]) -> dict[str, Any]:
+    """By run and learner: how many held-out digits it names (`training/naming.py`); nothing without digits."""
+    if "digits" not in runs["codistill"].data.sources:
+        print("no digits among the documents")
+        return {}
+    from launch.startup import open_corpus
+    from training.checkpoint import restore_params
+    from training.naming import naming
+
+    found: dict[str, Any] = {}
+    corpus = open_corpus(runs["codistill"], log=lambda line: None)
+    for name, learner in (
+        ("behemoth", "behemoth"),
+        ("codistill", "maverick"),
+        ("codistill", "scout"),
+        ("labels", "scout"),
+    ):
+        weights = restore_params(out / name, learner)
+        one = naming(weights.config.learners[learner], weights.params, corpus, "digits", runs[name].train.seq_len)
+        found[f"{name}/{learner}"] = dict(images=one.images, named=one.named, commonest=one.commonest, text=str(one))
+    return found
+
+
 def _artifacts(out: epath.Path, exports: dict[str, Any], verified: dict[str, Any]) -> list[dict[str, str]]:
     rows = [{"what": f"the run {name}", "from": RUNS[name][0], "where": str(out / name), "note": RUNS[name][1]}
             for name in RUNS]  # fmt: skip
@@ -179,7 +214,9 @@ def _artifacts(out: epath.Path, exports: dict[str, Any], verified: dict[str, Any
     return rows
 
 
-def _print_table(out: epath.Path, runs: dict[str, RunConfig], verified: dict[str, Any], page: str) -> None:
+def _print_table(
+    out: epath.Path, runs: dict[str, RunConfig], verified: dict[str, Any], named: dict[str, Any], page: str
+) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -193,6 +230,8 @@ def _print_table(out: epath.Path, runs: dict[str, RunConfig], verified: dict[str
             f"{learner} {last[f'{metrics.prefix(learner, cfg)}eval/ce']:.3f}" for learner in cfg.learners
         )
         table.add_row(RUNS[name][0], str(out / name), f"held out: {held_out} nats a token")
+    for name, one in named.items():
+        table.add_row(f"{name} on images", str(out / name.partition("/")[0]), one["text"])
     for name, verdict in verified.items():
         table.add_row(f"{name} export", str(out / f"hf-{name}"), verdict["text"])
     table.add_row("report", page, "open it in a browser")

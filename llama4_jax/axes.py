@@ -46,6 +46,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": (TENSOR,),
     "ffn": (TENSOR,),
     "embed": (FSDP, EXPERT, CONTEXT),
+    "tower": (FSDP, EXPERT, CONTEXT),  # of those, as many as divide its width (`training/state.py`)
 }
 """Where each logical axis is stored. Within one weight a mesh axis goes to the logical axis that stands first here."""
 

@@ -39,6 +39,59 @@ class LayerKind:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower (`llama4_jax/vision.py`), the same in Scout and Maverick."""
+
+    embed_dim: int = 1408
+    """D, width of the tower's residual stream."""
+    num_layers: int = 34
+    """Layers of the tower."""
+    num_heads: int = 16
+    """N, heads of its attention; the width of one is a multiple of 4."""
+    mlp_dim: int = 5632
+    """F of its layers."""
+    image_size: int = 336
+    """Pixels of a tile's side."""
+    patch_size: int = 14
+    """Pixels of a patch's side; the patches of a tile's side are a multiple of shuffle."""
+    shuffle: int = 2
+    """Squares of so many patches a side become one token of the text model."""
+    adapter_dim: int = 4096
+    """Width between the tower and the projector into the text model."""
+    rope_theta: float = 10_000.0
+    """Base of the frequencies of rows and columns."""
+    init_std: float = 0.02
+    """Standard deviation of the initial matrices; projections back into the residual stream get 1/sqrt(2L) of it."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"vision config: {name} must be above 0, not {value}")
+        if self.embed_dim % (4 * self.num_heads):
+            raise ValueError(f"vision config: embed_dim ({self.embed_dim}) must be a multiple of 4 num_heads "
+                             f"({4 * self.num_heads}), as rows and columns turn pairs")  # fmt: skip
+        if self.image_size % (self.patch_size * self.shuffle):
+            step = self.patch_size * self.shuffle
+            nearest = max(1, round(self.image_size / step)) * step
+            raise ValueError(f"vision config: image_size ({self.image_size}) must be a multiple of patch_size x "
+                             f"shuffle ({step}): the nearest is {nearest}")  # fmt: skip
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along a tile's side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tile_tokens(self) -> int:
+        """M, tokens of the text model that a tile becomes."""
+        return (self.grid // self.shuffle) ** 2
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One member of the family. Sizes carry the house letters (`llama4_jax/axes.py`)."""
 
@@ -86,6 +139,8 @@ class ModelConfig:
     """Longest context the model is meant for; recorded in exports, not enforced."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; projections back into the residual stream get 1/sqrt(2L) of it."""
+    vision: VisionConfig | None = None
+    """The tower whose output replaces the embeddings of image patches; None for a text model."""
 
     def __post_init__(self):
         def check(ok: bool, message: str) -> None:
@@ -126,6 +181,11 @@ class ModelConfig:
     @property
     def num_moe_layers(self) -> int:
         return self.num_blocks * sum(kind.moe for kind in self.pattern)
+
+
+def with_vision(text: ModelConfig, vision: VisionConfig | None = None) -> ModelConfig:
+    """The text model with a tower, by default the released models'."""
+    return replace(text, vision=vision or VisionConfig())
 
 
 def scout() -> ModelConfig:
@@ -169,6 +229,14 @@ def tiny_behemoth() -> ModelConfig:
     """Behemoth for a laptop: half again as wide as its students, 4 experts."""
     return _tiny(behemoth(), embed_dim=192, num_layers=4, num_heads=6, num_kv_heads=2, expert_dim=384, dense_dim=768,
                  num_experts=4)  # fmt: skip
+
+
+def tiny_vision() -> VisionConfig:
+    """The tower for a laptop: tiles of 16 pixels, which become 4 tokens; weights larger, as its sums are shorter."""
+    return VisionConfig(
+        embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256, image_size=16, patch_size=4, adapter_dim=128,
+        init_std=0.08,
+    )  # fmt: skip
 
 
 MODELS = {f.__name__: f for f in (scout, maverick, behemoth, tiny_scout, tiny_maverick, tiny_behemoth)}

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
-from llama4_jax.config import ModelConfig, Rope
+from llama4_jax import hf_vision
+from llama4_jax.config import ModelConfig, Rope, VisionConfig
 from llama4_jax.text import abstract
 
 # Each row: our weight, Hugging Face's name, Hugging Face's layout. The letters are the house's (axes.py) and ours
@@ -138,7 +139,12 @@ class Tensor:
 
 
 def tensors(cfg: ModelConfig, prefix: str = "", per_expert: bool = False) -> Iterator[Tensor]:
-    """Every tensor of Hugging Face's text model, in the order of the forward pass; `per_expert`: as `EXPERT` has it."""
+    """Every tensor of Hugging Face's model, in the order of the forward pass; `prefix`: of a text model's names;
+    `per_expert`: as `EXPERT` has it.
+
+    A model with a vision tower is theirs of text and vision together, whose text part always has its prefix.
+    """
+    prefix = TEXT_PREFIX if cfg.vision else prefix
     shapes = {path: p.get_value().shape for path, p in nnx.to_flat_state(nnx.split(abstract(cfg))[1])}
     moe = (*MOE[:-2], *EXPERT) if per_expert else MOE
 
@@ -149,9 +155,15 @@ def tensors(cfg: ModelConfig, prefix: str = "", per_expert: bool = False) -> Ite
         paths = tuple((*ours, *weight.split(".")) for weight in weights.split(" + "))
         shape = shapes[paths[0]] if block is None else shapes[paths[0]][1:]
         sizes = dict(zip(str(paths[0][-1]).rsplit("_", 1)[1], shape, strict=True))
-        name = f"{prefix}{theirs}{name.format(e=expert)}"
+        name = f"{'' if ours[:1] == ('vision',) else prefix}{theirs}{name.format(e=expert)}"
         return Tensor(name, paths, block, tuple(layout.split()), sizes, expert)
 
+    if cfg.vision:
+        for row in hf_vision.OUTSIDE:
+            yield tensor(row, ("vision",), "", None)
+        for layer in range(cfg.vision.num_layers):
+            for row in hf_vision.LAYER:
+                yield tensor(row, ("vision", "layers"), f"{hf_vision.PREFIX}model.layers.{layer}.", layer)
     embedding, final_norm, unembedding = TOP
     yield tensor(embedding, (), "", None)
     for layer in range(cfg.num_layers):
@@ -220,16 +232,18 @@ def is_whole_model(config: Mapping[str, Any]) -> bool:
     return kind == "llama4"
 
 
-def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """A config.json, of the text model or of the whole one, as a ModelConfig.
+def config_from_hf(config: Mapping[str, Any], vision: bool = True) -> ModelConfig:
+    """A config.json, of the text model or of the whole one, as a ModelConfig; `vision`: with the tower of a whole one.
 
     Raises ValueError naming the setting that is missing, unknown, or not what this model does.
     """
+    tower: VisionConfig | None = None
     if is_whole_model(config):
         _check_known(config, WHOLE_MODEL)
-        config = _section(config, "text_config")
+        whole, config = config, _section(config, "text_config")
         if is_whole_model(config):
             raise ValueError("config.json: text_config must be of model_type 'llama4_text'")
+        tower = _vision(_section(whole, "vision_config")) if vision else None
     _check_known(config, PATTERN | SIZES.keys() | SETTINGS.keys())
     if missing := [name for name in SIZES if config.get(name) is None]:
         raise ValueError(f"config.json: {missing[0]!r} is missing")
@@ -237,11 +251,41 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     for name, (ours, default) in SETTINGS.items():
         values[ours] = _typed(name, config.get(name, default), default)
     nope_every, moe_every = _pattern(config, values["num_layers"])
-    return ModelConfig(**values, nope_every=nope_every, moe_every=moe_every, rope=_rope(config))
+    return ModelConfig(**values, nope_every=nope_every, moe_every=moe_every, rope=_rope(config), vision=tower)
+
+
+def _vision(config: Mapping[str, Any]) -> VisionConfig:
+    """The vision_config of a whole model."""
+    known = hf_vision.SIZES.keys() | hf_vision.SETTINGS.keys() | hf_vision.ADAPTER | {"rope_parameters", "rope_theta"}
+    _check_known(config, known | {"pixel_shuffle_ratio"}, hf_vision.FIXED)
+    if missing := [name for name in (*hf_vision.SIZES, *hf_vision.ADAPTER) if config.get(name) is None]:
+        raise ValueError(f"config.json: {missing[0]!r} is missing in vision_config")
+    values: dict[str, Any] = {ours: _typed(name, config[name], 1) for name, ours in hf_vision.SIZES.items()}
+    for name, (ours, default) in hf_vision.SETTINGS.items():
+        values[ours] = _typed(name, config.get(name, default), default)
+    widths = sorted({_typed(name, config[name], 1) for name in hf_vision.ADAPTER})
+    if len(widths) > 1:
+        raise ValueError(f"config.json: {', '.join(sorted(hf_vision.ADAPTER))} must be one width, not {widths}")
+    ratio = _typed("pixel_shuffle_ratio", config.get("pixel_shuffle_ratio", 0.5), 1.0)
+    theta = _section(config, "rope_parameters").get("rope_theta", config.get("rope_theta", 10_000.0))
+    cfg = VisionConfig(**values, adapter_dim=widths[0], shuffle=round(1 / ratio) if ratio > 0 else 0,
+                       rope_theta=_typed("rope_theta", theta, 1.0))  # fmt: skip
+    hf_vision.check(cfg)
+    return cfg
 
 
 def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
-    """The config.json of `Llama4ForCausalLM`, in the spelling that every version of transformers with Llama 4 reads."""
+    """The config.json of `Llama4ForCausalLM`, or of `Llama4ForConditionalGeneration` where there is a vision tower, in
+    the spelling that every version of transformers with Llama 4 reads; without ids of tokens."""
+    if cfg.vision:
+        text = config_to_hf(replace(cfg, vision=None))
+        return {
+            "architectures": ["Llama4ForConditionalGeneration"],
+            "model_type": "llama4",
+            "text_config": text,
+            "vision_config": hf_vision.config_to_hf(cfg.vision),
+            "tie_word_embeddings": False,
+        }
     rope, scaling = cfg.rope, None
     if rope.factor != 1:
         scaling = {
@@ -276,14 +320,14 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
-def _check_known(config: Mapping[str, Any], known: AbstractSet[str]) -> None:
+def _check_known(config: Mapping[str, Any], known: AbstractSet[str], fixed: Mapping[str, Any] = FIXED) -> None:
     for name, value in config.items():
         if name == "quantization_config":
             if value is not None and not (isinstance(value, dict) and value.get("quant_method") == QUANT_METHOD):
                 raise ValueError(f"config.json: {name} = {value!r} is not supported, only null and {QUANT_METHOD}'s")
-        elif name in FIXED:
-            if value != FIXED[name]:
-                raise ValueError(f"config.json: {name} = {value!r} is not supported, only {FIXED[name]!r}")
+        elif name in fixed:
+            if value != fixed[name]:
+                raise ValueError(f"config.json: {name} = {value!r} is not supported, only {fixed[name]!r}")
         elif name not in known and name not in IGNORED:
             raise ValueError(f"config.json: {name!r} (= {value!r}) is not a setting this model knows")
 

@@ -53,7 +53,11 @@ def rotate(
     x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], frequencies: np.ndarray
 ) -> Float[Array, "B T N H"]:
     """Rotary embedding on *interleaved* pairs: (x_2i, x_2i+1) turned by the angle p w_i, in fp32."""
-    angle = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    return turn(x_BTNH, positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :])
+
+
+def turn(x_BTNH: Float[Array, "B T N H"], angle: Float[Array, "b t n h"] | np.ndarray) -> Float[Array, "B T N H"]:
+    """Pairs (x_2i, x_2i+1) turned by the angles [.., H/2], in fp32."""
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     x = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], -1, 2)
     even, odd = x[..., 0], x[..., 1]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llama4_jax.attention import Attention
 from llama4_jax.axes import TENSOR, Execution, psum, undrawn
@@ -17,6 +17,7 @@ from llama4_jax.config import LayerKind, ModelConfig
 from llama4_jax.kernels.attention.api import RESIDUALS as ATTENTION
 from llama4_jax.layers import Embedding, RMSNorm, SwiGLU, Unembedding
 from llama4_jax.moe import MoE, RouterStats
+from llama4_jax.vision import Vision
 
 INPUT = "input"
 """Name of what a recomputed part is recomputed from."""
@@ -80,6 +81,7 @@ class Transformer(nnx.Module):
         self.blocks = nnx.vmap(lambda key: Block(cfg, nnx.Rngs(params=key)))(keys)
         self.final_norm = RMSNorm(cfg, rngs)
         self.unembedding = Unembedding(cfg, rngs)
+        self.vision = Vision(cfg, rngs) if cfg.vision else None
 
     def __call__(
         self,
@@ -87,10 +89,19 @@ class Transformer(nnx.Module):
         positions_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"],
         execution: Execution = Execution(),  # noqa: B008 (frozen)
+        tiles_BJ: UInt8[Array, "B J Y X 3"] | None = None,
+        slots_BT: Int[Array, "B T"] | None = None,
     ) -> Output:
-        """`positions_BT`: place in the document; `segment_ids_BT`: 1.. by document, 0 for padding; chunk-aligned."""
+        """`positions_BT`: place in the document; `segment_ids_BT`: 1.. by document, 0 for padding; chunk-aligned.
+
+        `tiles_BJ`: pixels of a row's tiles, and `slots_BT`: where their tokens go (`Vision.fuse`); None: text alone.
+        """
         with jax.named_scope("embedding"):
             x_BTD = execution.fetch_module(self.embedding)(tokens_BT)
+        if tiles_BJ is not None:
+            if self.vision is None or slots_BT is None:
+                raise ValueError("tiles need a model with a vision tower (model.vision), and slots for their tokens")
+            x_BTD = self.vision.fuse(x_BTD, tiles_BJ, slots_BT, execution)
         graphdef, stacked = nnx.split(self.blocks)
         every_layer = execution.remat in ("attention", "layer", "nested")  # is recomputed by itself
         block_too = execution.remat in ("block", "nested")
@@ -135,10 +146,16 @@ class Transformer(nnx.Module):
             x_BTD = execution.fetch_module(self.final_norm)(x_BTD)
         return Output(x_BTD, execution.fetch_module(self.unembedding).kernel_DV[...], stats)
 
-    def logits(self, tokens_BT: Int[Array, "B T"], execution: Execution = Execution()) -> Float[Array, "B T V"]:  # noqa: B008
+    def logits(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        execution: Execution = Execution(),  # noqa: B008
+        tiles_BJ: UInt8[Array, "B J Y X 3"] | None = None,
+        slots_BT: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
         """fp32 logits of whole documents, one a row, unpadded: for tests, verification and small evaluations."""
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        out = self(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), execution)
+        out = self(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), execution, tiles_BJ, slots_BT)
         return jnp.einsum("BTD,DV->BTV", out.hidden, out.unembedding, preferred_element_type=jnp.float32)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
@@ -53,7 +54,12 @@ def devices_of(topology: str) -> list[Any]:
 def abstract_batch(cfg: RunConfig, mesh: Mesh) -> Batch:
     """Shapes, dtypes and shardings of a batch."""
     shape, placed = (cfg.train.batch, cfg.train.seq_len), NamedSharding(mesh, BATCH_SPEC)
-    return Batch(**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, dtype in DTYPES.items()})
+    batch = Batch(**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, dtype in DTYPES.items()})
+    if cfg.images is None:
+        return batch
+    tiles, size, _ = cfg.images
+    pixels = jax.ShapeDtypeStruct((cfg.train.batch, tiles, size, size, 3), jnp.uint8, sharding=placed)
+    return batch._replace(tiles=pixels, slots=jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed))
 
 
 class Cost(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from data.batch import Batch
+from data.batch import Batch, ImageShape
 from data.packing import Document, Piece, Row, build_batch
 from data.synthetic import uniform
 from training.chips import peak_flops
@@ -40,7 +40,8 @@ def synthetic_batches(cfg: RunConfig, part: int = 0, parts: int = 1, count: int 
         ids = uniform(vocabulary, T + 1, cfg.train.seed, part, n)
         return [Piece((0, n), 0, T, 0)], {(0, n): Document(ids, domain=0, document_id=n, first_visit=True)}
 
-    return [build_batch([row(batch * rows + n) for n in range(rows)], T, pad_id=0) for batch in range(count)]
+    images = ImageShape(*cfg.images) if cfg.images else None  # room for tiles costs the same, whatever they show
+    return [build_batch([row(batch * rows + n) for n in range(rows)], T, 0, images) for batch in range(count)]
 
 
 def bench_step(cfg: RunConfig, steps: int = 10, warmup: int = 3) -> dict[str, Any]:

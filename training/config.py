@@ -47,6 +47,8 @@ class OptimizerConfig:
     """Decoupled, times the learning rate; on weights with two logical axes or more (not on norm scales)."""
     clip: float = 1.0
     """Largest global gradient norm."""
+    vision: Literal["all", "projector", "none"] = "all"
+    """What of a vision tower learns: all of it, the projector into the text model alone, or nothing."""
 
     def fall_start(self, steps: int) -> int:
         """The first step, from 0, of those over which the rate falls; `steps` where it never does."""
@@ -233,6 +235,8 @@ class TrainConfig:
     """Sequences of a step, over all devices."""
     seq_len: int = 1024
     """T, tokens of a sequence; a multiple of the model's chunk, or at most one chunk."""
+    tiles: int = 0
+    """Tiles of images that a sequence has room for; 0: text alone. A multiple of mesh.context."""
     seed: int = 0
     """Of weights, data order, and anything random."""
     log_every: int = 10
@@ -250,7 +254,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            least = 0 if name in ("seed", "checkpoint_keep_every") else 1
+            least = 0 if name in ("seed", "tiles", "checkpoint_keep_every") else 1
             _check(value >= least, f"train.{name} must be at least {least}, not {value}")
 
 
@@ -382,7 +386,31 @@ class RunConfig:
                    f"the nearest is {max(1, round(seq_len / chunk)) * chunk}")  # fmt: skip
         _check(len({learner.model.chunk for learner in self.learners.values()}) == 1,
                "learners of one run read the same packed rows, so they need the same model.chunk")  # fmt: skip
+        self._check_images()
         self._check_stages()
+
+    def _check_images(self) -> None:
+        """Every learner of a run with images sees the same tiles."""
+        if not self.train.tiles:
+            return
+        shapes: dict[str, object] = {}
+        for name, learner in self.learners.items():
+            vision = learner.model.vision
+            _check(vision is not None, f"train.tiles is {self.train.tiles}, but {name}'s model has no vision tower: "
+                   "set train.tiles to 0, or give the model one (llama4_jax.config.with_vision)")  # fmt: skip
+            assert vision is not None
+            shapes[name] = (vision.image_size, vision.tile_tokens)
+            _check(not learner.distillation.remote,
+                   f"{name}'s teacher {learner.distillation.teacher} gives targets by tokens alone, without images: "
+                   "let it be a learner of this run")  # fmt: skip
+        _check(len(set(shapes.values())) == 1,
+               f"learners of one run see the same tiles, but (pixels a side, tokens) are {shapes}")  # fmt: skip
+
+    @property
+    def images(self) -> tuple[int, int, int] | None:
+        """(tiles of a row, pixels of a tile's side, tokens of a tile), or None for text alone."""
+        vision = next(iter(self.learners.values())).model.vision
+        return (self.train.tiles, vision.image_size, vision.tile_tokens) if vision and self.train.tiles else None
 
     def _check_stages(self) -> None:
         """Stages follow one another, and each is a run that could be."""

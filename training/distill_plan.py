@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 from training import chips
 from training.config import Distillation, OptimizerConfig, RunConfig
-from training.flops import forward, of_step
+from training.flops import forward, of_step, vision
 from training.plan import plan
 from training.target_record import Form
 
@@ -122,7 +122,8 @@ def work(cfg: RunConfig) -> Work:
     head = parts.pop("head")
     taught = sum(one.distillation.teacher == name for one in cfg.learners.values())
     others = sum(flops for (learner, _), flops in of_step(cfg).items() if learner != name) - taught * head
-    return Work(sum(parts.values()), head, taught, others, teacher.embed_dim)
+    body = sum(parts.values()) + (vision(teacher, "none") * cfg.train.tiles / T if cfg.images else 0)
+    return Work(round(body), head, taught, round(others), teacher.embed_dim)
 
 
 def stored_months(of: Work, rates: Rates, tokens: float, runs: int) -> float:

@@ -31,9 +31,9 @@ from llama4_jax.axes import CONTEXT, EXPERT, FSDP, REPLICA, TENSOR, TOKEN_AXES
 from llama4_jax.config import LayerKind, ModelConfig
 from llama4_jax.text import neighbours
 from training.config import Learner, RunConfig
-from training.flops import ATTENTION, of_step, step_per_token
+from training.flops import ATTENTION, of_step, step_per_token, vision
 from training.hlo import sends
-from training.memory import layer_weights, stored
+from training.memory import layer_weights, stored, vision_weights
 from training.program import Collective, Flops, Program
 from training.state import abstract_state, execution
 
@@ -73,6 +73,9 @@ def estimate_program(cfg: RunConfig, mesh: Mesh, state: Any = None) -> Program:
         if learner.optimizer:
             hbm["state"] += 2 * stored(state.learners[name]) + 2 * weights
     for (name, part), per_token in of_step(cfg).items():
+        if part == "vision":
+            flops[name, part] = _vision_flops(cfg.learners[name], mesh, per_token * tokens / mesh.size)
+            continue
         flops[name, part] = _flops(cfg.learners[name], mesh, part, per_token * tokens / mesh.size)
     hbm["collectives"] = sum(one.operand + one.wire for one in collectives)
     return Program(mesh.size, tokens, float(tokens * step_per_token(cfg)), flops, tuple(collectives), hbm)
@@ -96,6 +99,22 @@ def _flops(learner: Learner, mesh: Mesh, part: str, once: float) -> Flops:
     return Flops(scale * once, scale * more * once / (3 if learner.optimizer else 1))
 
 
+def _vision_flops(learner: Learner, mesh: Mesh, once: float) -> Flops:
+    """The tower's layers are computed again where they learn, and their scores once more by themselves; what is outside
+    the heads and the hidden layer each device of the tensor axis computes."""
+    v, model, learns = learner.model.vision, learner.model, learner.optimizer.vision if learner.optimizer else "none"
+    assert v is not None
+    P, D = v.grid**2 + 1, v.embed_dim
+    layers, scores = v.num_layers * P * (8 * D * D + 4 * P * D + 4 * D * v.mlp_dim), v.num_layers * 4 * P * P * D
+    whole = vision(model, learns)
+    inside = layers * (3 if learns == "all" else 1)
+    outside = (whole - inside) * mesh.shape[TENSOR]
+    end = v.num_layers * 2 * P * D * v.mlp_dim  # the last product of a layer, which no gradient needs
+    remat = execution(learner, mesh).remat != "none"
+    more = (scores / 2 + remat * (layers - end) if learns == "all" else 0) / whole * once
+    return Flops(once * (inside + outside) / whole, more)
+
+
 class _Traffic:
     """The collectives of one learner's step."""
 
@@ -109,13 +128,14 @@ class _Traffic:
         self.d = jnp.dtype(self.run.reduce_dtype).itemsize
         some = again(self.model, self.run.remat) if self.trains else [Again(0, 0)] * len(self.model.pattern)
         self.layers = list(zip(self.model.pattern, some, strict=True))
+        self.tiles = cfg.train.batch * cfg.train.tiles / ways if cfg.images else 0.0  # of a device
 
     def times(self, of: Callable[[LayerKind, Again], float]) -> float:
         """Summed over the layers, and microbatches."""
         return float(self.M * self.model.num_blocks * sum(of(kind, again) for kind, again in self.layers))
 
     def all(self) -> list[Collective]:
-        found = [*self.fetches(), *self.experts(), *self.context(), *self.vocabulary()]
+        found = [*self.fetches(), *self.experts(), *self.context(), *self.vocabulary(), *self.vision()]
         rows = self.c * self.R * self.model.embed_dim
         sums = self.times(lambda _, again: 2 * (1 + again.times + self.trains) - again.endless)
         sums += self.M * (1 + self.trains)  # of looked-up rows, and of the gradients of hidden states
@@ -182,6 +202,30 @@ class _Traffic:
         yield self.one("reduce_scatter", (CONTEXT,), backwards * 2 * keys * ways)
         if self.run.exchange == "mirror":
             yield self.one("ppermute", (CONTEXT,), (forwards + backwards) * queries)
+
+    def vision(self):
+        """The tower's weights gathered, twice where it learns, and their gradients; its tokens to the row's devices."""
+        v = self.model.vision
+        if v is None or not self.tiles:
+            return
+        learns = self.learner.optimizer is not None and self.learner.optimizer.vision == "all"
+        every, again = (FSDP, EXPERT, CONTEXT), 1 + (learns and self.run.remat != "none")
+        tower, rest = vision_weights(self.model, self.size[TENSOR])
+        stored_over = self.run.rules["tower"]
+        for weights, axes, times in ((tower, stored_over, again), (rest, every, 1)):
+            ways = math.prod(self.size[axis] for axis in axes)
+            yield self.one("all_gather", axes, self.c * self.M * times * weights / ways)
+            if learns:
+                yield self.one("reduce_scatter", axes, self.d * self.M * weights, self.run.reduce_dtype)
+        if learns and (left := tuple(axis for axis in every if axis not in stored_over)):
+            ways = math.prod(self.size[axis] for axis in stored_over)
+            yield self.one("all_reduce", left, self.d * tower / ways, self.run.reduce_dtype)
+        tokens = self.c * self.tiles * v.tile_tokens * self.model.embed_dim
+        yield self.one("all_gather", (CONTEXT,), tokens)
+        if self.learner.optimizer is not None and self.learner.optimizer.vision != "none":
+            yield self.one("reduce_scatter", (CONTEXT,), tokens * self.size[CONTEXT])
+        rows = self.c * self.tiles * (v.grid**2 + 1) * v.embed_dim * v.num_layers
+        yield self.one("all_reduce", (TENSOR,), 2 * (again + learns) * rows)
 
     def vocabulary(self):
         rows = self.M * self.c * self.R * self.model.embed_dim

@@ -17,7 +17,7 @@ from training.goodput import spent
 from training.mesh import BATCH_SPEC
 from training.metrics import measured, prefix
 from training.objectives import Sums, objective
-from training.state import TrainState, execution, graphdef
+from training.state import TrainState, execution, graphdef, run_model
 from training.step import summed_in_parts
 
 EvalFn = Callable[[nnx.State, Batch], Sums]
@@ -32,7 +32,7 @@ def make_eval_step(learner: Learner, mesh: Mesh, domains: int) -> EvalFn:
 
     def local(params: nnx.State, batch: Batch) -> Sums:
         def part(batch: Batch) -> tuple[Sums, None]:
-            out = nnx.merge(model, params)(batch.tokens, batch.positions, batch.segment_ids, run)
+            out = run_model(model, params, batch, run)
             return objective(out, batch, learner, domains, measure=True)[1], None
 
         return summed_in_parts(part, (batch,), learner.microbatches)[0]

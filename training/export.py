@@ -92,6 +92,7 @@ def export_run(
     """
     folder = epath.Path(folder)
     check_new(folder)
+    model_folder.image_ids(arrays.model, about.tokenizer)
     budget = Budget(max_memory)
     _check_bias_stored(arrays)
     jobs = plan_jobs(arrays.model, dtype, quant)

@@ -39,6 +39,7 @@ def save_hf(
     """
     folder = epath.Path(folder)
     check_new(folder)
+    model_folder.image_ids(cfg, tokenizer)
     table = list(hf.tensors(cfg))
     weights = _weights(_without_bias(params, cfg), table)
     shards = plan_shards([Output(t.name, CODES[dtype], t.shape) for t in table], shard_bytes)

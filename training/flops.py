@@ -16,6 +16,14 @@ that is S of a global layer, and (C + 1) / 2 of a local one, with chunks of C = 
 into a row see less: for them these are upper bounds. Backward is twice the forward pass (one product each for the
 gradients of both factors).
 
+A vision tower costs by tile, whether images fill a row's room for tiles or not: with P patches (and the class token)
+of C values, M tokens of W values behind pixel shuffle, and the tower's own letters,
+
+    vision            2 (P-1) C D + L P (8 D N H + 4 P N H + 4 D F) + 2 M (W A + A A + A U)
+
+Backward is twice that but for the patches, which have no gradient; where only the projector learns (2 M A U), that of
+its weights alone.
+
 A frozen teacher runs forward alone and stops before its head, which each of its students multiplies with once: U its
 width, 2 U V more under the student's `head`.
 """
@@ -23,6 +31,7 @@ width, 2 U V more under the student's `head`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from llama4_jax.config import ModelConfig
 from training.config import RunConfig
@@ -50,6 +59,19 @@ def forward(model: ModelConfig, seq_len: int) -> dict[str, int]:
     }
 
 
+def vision(model: ModelConfig, learns: Literal["all", "projector", "none"]) -> int:
+    """FLOPs of a tile: forward, and backward of what learns."""
+    v = model.vision
+    if v is None:
+        return 0
+    P, D, W, A = v.grid**2 + 1, v.embed_dim, v.shuffle**2 * v.embed_dim, v.adapter_dim
+    patches = 2 * (P - 1) * 3 * v.patch_size**2 * D
+    layers = v.num_layers * P * (8 * D * D + 4 * P * D + 4 * D * v.mlp_dim)
+    adapter, projector = 2 * v.tile_tokens * (W * A + A * A), 2 * v.tile_tokens * A * model.embed_dim
+    once = patches + layers + adapter + projector
+    return once + dict(all=patches + 2 * (layers + adapter + projector), projector=projector, none=0)[learns]
+
+
 def per_token(model: ModelConfig, seq_len: int) -> int:
     """FLOPs of training on one token: forward and backward."""
     return 3 * sum(forward(model, seq_len).values())
@@ -60,10 +82,13 @@ def active_matmul_parameters(model: ModelConfig) -> int:
     return sum(flops for part, flops in forward(model, 1).items() if part not in ATTENTION) // 2
 
 
-def of_step(cfg: RunConfig) -> Mapping[tuple[str, str], int]:
+def of_step(cfg: RunConfig) -> Mapping[tuple[str, str], int | float]:
     """FLOPs a token of a step of all learners, by learner and part."""
-    step: dict[tuple[str, str], int] = {}
+    step: dict[tuple[str, str], int | float] = {}
     for name, learner in cfg.learners.items():
+        if cfg.images:
+            tile = vision(learner.model, learner.optimizer.vision if learner.optimizer else "none")
+            step[name, "vision"] = tile * cfg.train.tiles / cfg.train.seq_len
         for part, flops in forward(learner.model, cfg.train.seq_len).items():
             step[name, part] = 3 * flops if learner.optimizer else flops
         if not learner.optimizer:
@@ -73,6 +98,6 @@ def of_step(cfg: RunConfig) -> Mapping[tuple[str, str], int]:
     return step
 
 
-def step_per_token(cfg: RunConfig) -> int:
+def step_per_token(cfg: RunConfig) -> int | float:
     """FLOPs a token of a step of all learners: what MFU is of."""
     return sum(of_step(cfg).values())

@@ -56,17 +56,17 @@ class Folder:
     stored: Mapping[str, Stored | Dequantised]
 
 
-def open_folder(folder: epath.PathLike) -> Folder:
-    """ValueError or FileNotFoundError names the first thing that is missing, left over, or not what it should be; of a
-    whole model the vision parts are passed over."""
+def open_folder(folder: epath.PathLike, vision: bool = True) -> Folder:
+    """ValueError or FileNotFoundError names the first thing that is missing, left over, or not what it should be;
+    without `vision` the tower of a whole model is passed over."""
     folder = epath.Path(folder)
     config = read_json(folder / CONFIG)
     whole = hf.is_whole_model(config)
-    cfg = hf.config_from_hf(config)
+    cfg = hf.config_from_hf(config, vision)
     stored = dequantised(stored_tensors(folder), config)
     apart = any(".feed_forward.experts.0." in name for name in stored)
     table = list(hf.tensors(cfg, hf.TEXT_PREFIX if whole else "", per_expert=apart))
-    _check_stored(table, stored, hf.OTHER_PARTS if whole else ())
+    _check_stored(table, stored, hf.OTHER_PARTS if whole and not vision else ())
     return Folder(folder, cfg, table, stored)
 
 
@@ -89,8 +89,10 @@ def _check_stored(table: list[hf.Tensor], stored: Mapping[str, Stored | Dequanti
 # --- onto devices --------------------------------------------------------------------------------------------------
 
 
-def load_hf(folder: epath.PathLike, *, shardings: Any = None, router_bias: bool = False) -> nnx.State:
-    """The weights of a Hugging Face folder in fp32, as the state of `abstract(read_config(folder))`.
+def load_hf(
+    folder: epath.PathLike, *, shardings: Any = None, router_bias: bool = False, vision: bool = True
+) -> nnx.State:
+    """The weights of a Hugging Face folder in fp32, as the state of `abstract(read_config(folder, vision))`.
 
     `router_bias`: of that model with such a bias, at 0 as theirs has none.
     `shardings`: a tree of that structure with a `jax.sharding.Sharding` for each weight; by default everything goes
@@ -98,7 +100,7 @@ def load_hf(folder: epath.PathLike, *, shardings: Any = None, router_bias: bool 
     read (stretches that lie closer than `training.safetensors_header.GAP` are read with what is between them). Raises
     as `open_folder`.
     """
-    opened = open_folder(folder)
+    opened = open_folder(folder, vision)
     cfg, stored = replace(opened.cfg, router_bias=router_bias), opened.stored
     state = nnx.split(abstract(cfg))[1]
     leaves, structure = jax.tree.flatten(state)

@@ -10,14 +10,17 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 
-from llama4_jax import hf
+from llama4_jax import hf, hf_vision
 from llama4_jax.axes import Execution
 from llama4_jax.layers import RMSNorm
 from llama4_jax.moe import MoE
 from llama4_jax.text import Layer
+from llama4_jax.vision import Vision
 from training import oracle
+from training.hf_import import open_folder
 from training.weights import FolderWeights, Weights
 
 
@@ -186,3 +189,43 @@ class Transformers:
 
     def logits(self, first: int, last: int) -> np.ndarray:
         return self._hidden @ self._theirs.tensor("lm_head.weight", (first, last)).T
+
+
+# --- the vision tower ----------------------------------------------------------------------------------------------
+
+TILES = 3
+"""Of random pixels, that are compared."""
+
+
+def vision_error(folder: epath.PathLike, seed: int) -> float:
+    """max |ours - theirs| / max |theirs| of what the text model gets of random tiles, against transformers, in fp32."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import Llama4VisionConfig, Llama4VisionModel  # pyright: ignore[reportMissingImports]
+
+    opened = open_folder(folder)
+    cfg = opened.cfg
+    assert cfg.vision is not None
+    size = cfg.vision.image_size
+    tiles = np.random.default_rng(seed).integers(0, 256, (TILES, size, size, 3), np.uint8)
+    of_vision = [t.name for t in opened.table if t.paths[0][0] == "vision"]
+    tensors = {name: opened.stored[name].whole().astype(np.float32) for name in of_vision}
+    settings = hf_vision.config_to_hf(cfg.vision)
+    make: Any = Llama4VisionConfig
+    model: Any = Llama4VisionModel(make(**settings, attn_implementation="eager")).eval()
+    named = {name.removeprefix(hf_vision.PREFIX): torch.from_numpy(x) for name, x in tensors.items()}
+    projector = named.pop("multi_modal_projector.linear_1.weight")
+    model.load_state_dict(named, strict=True)
+    with torch.no_grad():
+        pixels = torch.from_numpy(tiles.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1)
+        theirs = (model(pixels).last_hidden_state @ projector.T).numpy()
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Vision(cfg, nnx.Rngs(0))))
+    ours = {path: np.zeros(p.get_value().shape, np.float32) for path, p in nnx.to_flat_state(state)}
+    for t in opened.table:
+        if t.name in tensors:
+            for path, x in zip(t.paths, t.from_hf(tensors[t.name]), strict=True):
+                ours[path[1:]][t.index] = x
+    weights = nnx.from_flat_state([(path, p.replace(jnp.asarray(ours[path]))) for path, p in nnx.to_flat_state(state)])
+    with jax.default_matmul_precision("highest"):
+        run: Any = jax.jit(lambda weights, tiles: nnx.merge(graphdef, weights)(tiles, Execution()))
+        seen = np.asarray(run(weights, tiles))
+    return float(np.max(np.abs(seen - theirs)) / np.max(np.abs(theirs)))

@@ -100,15 +100,50 @@ def parts(cfg: RunConfig, learner: Learner, mesh: Mesh, weights: int) -> dict[st
     if run.remat == "none":
         saved = L / period * sum(activations)
     V = model.vocab_size / size[TENSOR] / size[EXPERT]
+    seen, kept = vision_activations(cfg, learner, run, dict(size), c)
+    activations.append(seen)
     if not trains:
-        return dict(gradients=0, saved=0, weights=max(weights_c), activations=max(activations) / 2, tables=V * D * c)
+        rest = dict(weights=max(weights_c), activations=max(activations) / 2, tables=V * D * c)
+        return dict(gradients=0, saved=kept, **rest)
+    if together is sum:
+        activations = [sum(activations[:-1]), seen]
     return dict(
         gradients=weights * (1 if learner.microbatches == 1 else 2),
-        saved=0 if run.offload else saved,
+        saved=(0 if run.offload else saved) + kept,
         weights=together(weights_c) * (2 + 4 / c),
-        activations=together(activations),
+        activations=max(activations),
         tables=2 * V * D * (c + 4) + 4 * CHUNK * V * size[EXPERT],
     )
+
+
+def vision_weights(model: ModelConfig, tensor: int) -> tuple[float, float]:
+    """Weights of a device, gathered, without the small ones: of the tower, and of the adapter and the projector."""
+    v = model.vision
+    if v is None:
+        return 0.0, 0.0
+    D, A = v.embed_dim, v.adapter_dim
+    tower = v.num_layers * (4 * D * D + 2 * D * v.mlp_dim) / tensor + 3 * v.patch_size**2 * D
+    return tower, float(A * (v.shuffle**2 * D + A + model.embed_dim))
+
+
+def vision_activations(
+    cfg: RunConfig, learner: Learner, run: Execution, size: dict[str, int], c: int
+) -> tuple[float, float]:
+    """Bytes of images: (what a layer of the tower holds in its backward pass, what is kept meanwhile: each layer's
+    input where the tower learns, and the tokens of the row's tiles, with their gradient)."""
+    v = learner.model.vision
+    if v is None or not cfg.images:
+        return 0.0, 0.0
+    ways = math.prod(size[name] for name in TOKEN_AXES)
+    tiles = cfg.train.batch * cfg.train.tiles / ways / learner.microbatches
+    learns = learner.optimizer is not None and learner.optimizer.vision == "all"
+    P, D, t = v.grid**2 + 1, v.embed_dim, size[TENSOR]
+    layer = c * tiles * P * (8 * D + (4 * D + 2 * v.mlp_dim) / t) + 3 * 4 * min(8, tiles) * v.num_heads / t * P * P
+    tokens = 2 * c * tiles * size["context"] * v.tile_tokens * learner.model.embed_dim
+    inputs = c * tiles * P * D * v.num_layers if learns else 0
+    if learns and run.remat == "none":
+        inputs = layer * v.num_layers
+    return layer, inputs + tokens
 
 
 def layer_weights(model: ModelConfig, run: Execution, moe: bool, size: dict[str, int]) -> float:

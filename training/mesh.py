@@ -117,6 +117,10 @@ def check_fits(cfg: RunConfig, mesh: Mesh) -> None:
         nearest = _divisor(cfg.train.seq_len, size[CONTEXT])
         raise ValueError(f"train.seq_len ({cfg.train.seq_len}) must be a multiple of mesh.context ({size[CONTEXT]}): "
                          f"the nearest that divides it is {nearest}")  # fmt: skip
+    if cfg.train.tiles % size[CONTEXT]:
+        nearest = max(1, round(cfg.train.tiles / size[CONTEXT])) * size[CONTEXT]
+        raise ValueError(f"train.tiles ({cfg.train.tiles}) must be a multiple of mesh.context ({size[CONTEXT]}): the "
+                         f"nearest is {nearest}")  # fmt: skip
     for name, learner in cfg.learners.items():
         rows = int(np.prod([size[a] for a in BATCH_AXES])) * learner.microbatches
         if cfg.train.batch % rows:
@@ -141,7 +145,13 @@ def _divisor(value: int, near: int) -> int:
 
 
 def _divisions(model: ModelConfig) -> list[tuple[str, int, tuple[str, ...]]]:
+    vision = [
+        ("vision.num_heads", model.vision.num_heads, ("tensor",)),
+        ("vision.mlp_dim", model.vision.mlp_dim, ("tensor",)),
+        ("vision.adapter_dim", model.vision.adapter_dim, ("fsdp", "expert", "context")),
+    ] if model.vision else []  # fmt: skip
     return [
+        *vision,
         ("num_heads", model.num_heads, ("tensor",)),
         ("num_kv_heads", model.num_kv_heads, ("tensor",)),
         ("vocab_size", model.vocab_size, ("tensor", "expert")),

@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from data import llama4_hf
+from data.images import processor_files
 from data.llama4_tokenizer import Llama4Tokenizer
 from data.tokenizer import CONFIG_FILE, Tokenizer
 from llama4_jax import hf
@@ -55,10 +56,25 @@ def write(
         (work / CARD).write_text(about.card)
     (work / INDEX).write_text(index_text(shards))
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    config = {**hf.config_to_hf(cfg), **ids, "torch_dtype": dtype}
+    config = hf.config_to_hf(cfg)
+    config.get("text_config", config).update(ids)
+    config |= {**image_ids(cfg, tokenizer), "torch_dtype": dtype}
+    if v := cfg.vision:
+        for name, content in processor_files(v.image_size, v.patch_size, v.shuffle).items():
+            (work / name).write_text(json.dumps(content, indent=2))
     if quant is not None:
         config["quantization_config"] = quant.config()
     (work / CONFIG).write_text(json.dumps(config, indent=2))
+
+
+def image_ids(cfg: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, int]:
+    """The ids of images in a whole model's config.json; without a tokenizer none, as Llama 4's are transformers' own.
+    ValueError for a tokenizer without such tokens."""
+    if cfg.vision is None or tokenizer is None:
+        return {}
+    if (ids := tokenizer.image_ids) is None:
+        raise ValueError("export: the model has a vision tower, but its tokenizer has no special tokens for images")
+    return {"boi_token_index": ids.start, "eoi_token_index": ids.end, "image_token_index": ids.patch}
 
 
 def _bound_length(file: epath.Path, length: int) -> None:
@@ -68,9 +84,9 @@ def _bound_length(file: epath.Path, length: int) -> None:
         file.write_text(json.dumps({"model_max_length": length, **config}, indent=1))
 
 
-def read_config(folder: epath.PathLike) -> ModelConfig:
-    """The model that a Hugging Face folder holds; of a model with vision, its text part."""
-    return hf.config_from_hf(read_json(epath.Path(folder) / CONFIG))
+def read_config(folder: epath.PathLike, vision: bool = True) -> ModelConfig:
+    """The model that a Hugging Face folder holds; without `vision` the text part of one with a tower."""
+    return hf.config_from_hf(read_json(epath.Path(folder) / CONFIG), vision)
 
 
 def read_manifest(folder: epath.PathLike) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llama4_jax.axes import Execution, axis_size, is_variable, map_params, present
+from llama4_jax.vision import is_projector, is_vision
 from training.config import OptimizerConfig
 
 
@@ -43,6 +44,21 @@ def decays(params: Any) -> Any:
     return map_params(lambda p: p.replace(len(p.axes) >= 2), params)
 
 
+def held(cfg: OptimizerConfig | None, params: nnx.State) -> nnx.State:
+    """The weights, with no gradient through those that `cfg.vision` holds."""
+    if cfg is None or cfg.vision == "all":
+        return params
+    flat = [(path, p if _learns(cfg, path) else p.replace(jax.lax.stop_gradient(p.get_value())))
+            for path, p in nnx.to_flat_state(params)]  # fmt: skip
+    return nnx.from_flat_state(flat)
+
+
+def _learns(cfg: OptimizerConfig, path: tuple[Any, ...]) -> bool:
+    if cfg.vision == "all" or not is_vision(path):
+        return True
+    return cfg.vision == "projector" and is_projector(path)
+
+
 def make_optimizer(cfg: OptimizerConfig, steps: int, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """w -= rate (u + weight_decay w), the decay decoupled (Loshchilov & Hutter, 1711.05101) and of matrices only.
 
@@ -52,18 +68,28 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, mesh: Mesh | None = None) -
     * adafactor: `scale_by_factored_moment`.
     * muon: `scale_by_muon` for the hidden layers' matrices, adamw's for all else.
 
-    `mesh` is where the weights lie, None on one device: it changes where muon works, not what comes of it.
+    What `cfg.vision` holds has no moments and does not move. `mesh` is where the weights lie, None on one device: it
+    changes where muon works, not what comes of it.
     """
     adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moment_dtype)
     direction = {
         "adamw": adam,
         "adafactor": scale_by_factored_moment(cfg.b2, cfg.eps),
-        "muon": in_two(is_hidden_matrix, scale_by_muon(cfg.b1, cfg.moment_dtype, mesh), adam),
-    }
+        "muon": in_two(lambda _, p: is_hidden_matrix(p), scale_by_muon(cfg.b1, cfg.moment_dtype, mesh), adam),
+    }[cfg.kind]
+    if cfg.vision != "all":
+        direction = in_two(lambda path, _: _learns(cfg, path), direction, optax.set_to_zero())
+
+    def decayed(params: Any) -> Any:
+        if cfg.vision == "all":
+            return decays(params)
+        flat = nnx.to_flat_state(decays(params))
+        return nnx.from_flat_state([(path, p.replace(p.get_value() and _learns(cfg, path))) for path, p in flat])
+
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip),
-        direction[cfg.kind],
-        optax.add_decayed_weights(cfg.weight_decay, mask=decays),
+        direction,
+        optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(learning_rate(cfg, steps)),
     )
 
@@ -77,22 +103,25 @@ def matrix_dims(p: nnx.Variable) -> tuple[Dims, Dims]:
     """The weight's dimensions, counted from its end, that are a matrix's rows and its columns; a vector has no rows.
 
     Experts have a matrix each, and so has each block. A side may have several dimensions: every matrix reads from or
-    writes to the residual stream, so `embed` is one side and all else the other (wq [D, N, H] is D x NH).
+    writes to the residual stream, so `embed` (`tower` in the vision part) is one side and all else the other (wq
+    [D, N, H] is D x NH).
     ValueError for a weight of which that does not say where its sides meet.
     """
     axes = p.axes[1:] if p.axes[:1] == ("experts",) else p.axes
     dims = tuple(range(-len(axes), 0))
     if len(axes) < 2:
         return (), dims
-    if len(axes) > 2 and "embed" not in (axes[0], axes[-1]):
+    stream = ("embed", "tower")
+    if len(axes) > 2 and axes[0] not in stream and axes[-1] not in stream:
         raise ValueError(f"a weight with axes {p.axes} is no matrix: of three or more, embed must be first or last")
-    cut = 1 if len(axes) == 2 or axes[0] == "embed" else len(axes) - 1
+    cut = 1 if len(axes) == 2 or axes[0] in stream else len(axes) - 1
     return dims[:cut], dims[cut:]
 
 
 def is_hidden_matrix(p: nnx.Variable) -> bool:
-    """True for the matrices of attention and feed-forward layers: not embedding, unembedding, router or scales."""
-    return bool(matrix_dims(p)[0]) and "vocab" not in p.axes and not p.fp32
+    """True for the matrices of attention and feed-forward layers: not embedding, unembedding, router or scales, and
+    none of the vision tower's, which is small and lies unevenly."""
+    return bool(matrix_dims(p)[0]) and not {"vocab", "tower"} & set(p.axes) and not p.fp32
 
 
 # --- Adafactor
@@ -170,12 +199,14 @@ class Parts(NamedTuple):
 
 
 def in_two(
-    choose: Callable[[nnx.Variable], bool], chosen: optax.GradientTransformation, others: optax.GradientTransformation
+    choose: Callable[[tuple[Any, ...], nnx.Variable], bool],
+    chosen: optax.GradientTransformation,
+    others: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
     """One transformation for the weights that `choose` picks, another for the others; neither may need the weights."""
 
     def split(tree: Any) -> Any:
-        return nnx.split_state(tree, lambda _, p: choose(p), ...)
+        return nnx.split_state(tree, choose, ...)
 
     def init(params):
         first, second = split(params)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llama4_jax.config import ModelConfig, Rope
+from llama4_jax.config import ModelConfig, Rope, VisionConfig
 from training import figures
 from training.figures import Line
 from training.page import card, figure_card, note, page, section, short, table
@@ -380,7 +380,9 @@ def _parameters(model: Mapping[str, Any] | None) -> tuple[int, int]:
     from llama4_jax.text import abstract
 
     try:
-        cfg = ModelConfig(**{**(model or {}), "rope": Rope(**(model or {})["rope"])})
+        given: Any = model or {}
+        tower = VisionConfig(**given["vision"]) if given.get("vision") else None
+        cfg = ModelConfig(**{**given, "rope": Rope(**given["rope"]), "vision": tower})
     except (KeyError, TypeError, ValueError):
         return 0, 0
     sizes = [(path, math.prod(weight.get_value().shape))

@@ -39,10 +39,12 @@ def given_params(cfg: RunConfig, name: str, mesh: Mesh) -> tuple[nnx.State, int]
     kind, _, source = learner.init.partition(":")
     if kind == "hf":
         biased = learner.model.router_bias  # theirs has no bias, and ours begins at 0
-        theirs = dataclasses.replace(read_config(source), router_bias=biased)
+        vision = learner.model.vision is not None  # a text model takes the text part of a whole one
+        theirs = dataclasses.replace(read_config(source, vision), router_bias=biased)
         _check_architecture(name, learner.init, learner.model, theirs)
         like = abstract_params(cfg, name, mesh)
-        return load_hf(source, shardings=jax.tree.map(lambda x: x.sharding, like), router_bias=biased), 0
+        places = jax.tree.map(lambda x: x.sharding, like)
+        return load_hf(source, shardings=places, router_bias=biased, vision=vision), 0
     if kind == "run":
         theirs = load_config(source).learners
         if name not in theirs and len(theirs) > 1:

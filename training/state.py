@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -12,10 +14,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from llama4_jax.axes import Execution
+from data.batch import Batch
+from llama4_jax.axes import RULES, Execution
 from llama4_jax.config import ModelConfig
 from llama4_jax.quant import check_device
-from llama4_jax.text import Transformer, abstract
+from llama4_jax.text import Output, Transformer, abstract
 from training import weighting
 from training.config import Learner, OptimizerConfig, RunConfig
 from training.mesh import deals_heads, shardings
@@ -64,6 +67,25 @@ def execution(learner: Learner, mesh: Mesh) -> Execution:
     return Execution(
         learner.compute_dtype, learner.reduce_dtype, learner.remat, learner.offload, **chosen,
         dispatch=learner.dispatch, capacity=learner.capacity, quant=learner.quant, platform=platform,
+        rules=storage_rules(learner.model, mesh.shape),
+    )  # fmt: skip
+
+
+def storage_rules(model: ModelConfig, sizes: Mapping[str, int]) -> Mapping[str, tuple[str, ...]]:
+    """Where logical axes are stored on a mesh of these sizes: the tower's width is no power of two (1408 = 2^7 x 11),
+    so of the axes that weights are split over those take part that divide it, as many devices as they can be."""
+    if model.vision is None:
+        return RULES
+    width, axes = model.vision.embed_dim, RULES["tower"]
+    fitting = [some for n in range(len(axes) + 1) for some in itertools.combinations(axes, n)
+               if width % math.prod(sizes[name] for name in some) == 0]  # fmt: skip
+    return {**RULES, "tower": max(fitting, key=lambda some: math.prod(sizes[name] for name in some))}
+
+
+def run_model(model: nnx.GraphDef, params: nnx.State, batch: Batch, run: Execution) -> Output:
+    """The model on the rows of a batch, with their images where it has any."""
+    return nnx.merge(model, params)(
+        batch.tokens, batch.positions, batch.segment_ids, run, batch.tiles, batch.slots
     )  # fmt: skip
 
 

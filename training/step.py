@@ -21,9 +21,9 @@ from training import weighting
 from training.config import Learner, OptimizerConfig, RunConfig
 from training.mesh import BATCH_SPEC
 from training.objectives import Sums, objective
-from training.optimizer import learning_rate, make_optimizer
+from training.optimizer import held, learning_rate, make_optimizer
 from training.router_bias import follow_load
-from training.state import LearnerState, TrainState, abstract_state, execution, graphdef
+from training.state import LearnerState, TrainState, abstract_state, execution, graphdef, run_model
 from training.weighting import Mix
 
 StepFn = Callable[..., tuple[TrainState, dict[str, Any]]]
@@ -106,7 +106,7 @@ def forward(learner: Learner, mesh: Mesh) -> Callable[[nnx.State, Batch], jax.Ar
 
     def local(params: nnx.State, batch: Batch) -> jax.Array:
         def part(batch: Batch) -> jax.Array:
-            return nnx.merge(model, params)(batch.tokens, batch.positions, batch.segment_ids, run).hidden
+            return run_model(model, params, batch, run).hidden
 
         return in_parts(part, batch, learner.microbatches)
 
@@ -129,7 +129,7 @@ def gradient(
     model, run, teachers = graphdef(learner), execution(learner, mesh), execution(teacher or learner, mesh)
 
     def share(params: nnx.State, batch: Batch, mix: Mix | None, targets: Dense | SparseTargets | None):
-        out = nnx.merge(model, params)(batch.tokens, batch.positions, batch.segment_ids, run)
+        out = run_model(model, held(learner.optimizer, params), batch, run)
         loss, sums = objective(out, batch, learner, domains, mix, targets)
         return loss, (sums, out.hidden if teaches else None)
 

@@ -36,7 +36,7 @@ from training.config import Learner, RunConfig
 from training.loop import put_local
 from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
 from training.start import check_init, given_params
-from training.state import execution, graphdef
+from training.state import execution, graphdef, run_model
 from training.step import summed_in_parts
 from training.target_record import Form
 from training.targets import Identity, Pieces, Writer, names, pieces
@@ -138,7 +138,7 @@ def make_teach_step(learner: Learner, mesh: Mesh, form: Form) -> TeachFn:
 
     def local(params: nnx.State, batch: Batch, names_BT: Any) -> SparseTargets:
         def part(batch: Batch, names_BT: Any) -> tuple[Any, SparseTargets]:
-            out = nnx.merge(model, params)(batch.tokens, batch.positions, batch.segment_ids, run)
+            out = run_model(model, params, batch, run)
             targets = sparsify(
                 out.hidden.reshape(-1, out.hidden.shape[-1]), out.unembedding, batch.labels.reshape(-1),
                 names_BT.reshape(-1), jax.random.key(KEY), form.kind, form.top, form.draws,
@@ -161,7 +161,7 @@ def _rows(batches: list[Batch], part: int, parts: int) -> Iterator[Batch]:
     """This process's rows of batches that every process holds whole."""
     for batch in batches:
         rows = len(batch.tokens) // parts
-        yield Batch(*(x[part * rows : (part + 1) * rows] for x in batch))
+        yield jax.tree.map(lambda x, first=part * rows, rows=rows: x[first : first + rows], batch)
 
 
 def _write(

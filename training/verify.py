@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 
 from training.hf_import import Folder, open_folder
-from training.layerwise import Model, Numpy, Ours, Transformers
-from training.model_folder import read_manifest
+from training.layerwise import TILES, Model, Numpy, Ours, Transformers, vision_error
+from training.model_folder import read_config, read_manifest
 from training.quantised import Dequantised
 from training.safetensors_header import ALL_DTYPES, Reader, Stored, stored_tensors
 from training.transfer import Progress
@@ -53,6 +53,8 @@ class Verification:
     """Chunks of local attention they touch."""
     near_tie: bool = False
     """Wherever a row begins to differ, a token at or before that place lies between two experts (below `MARGIN`)."""
+    tiles: int = 0
+    """Of images, whose tokens count in the error like logits; 0 for a text model, and against numpy."""
     stages: tuple[tuple[str, float], ...] = ()
     """The same error behind the embedding, each layer and the final norm, of the residual stream."""
 
@@ -73,11 +75,12 @@ class Verification:
     def __str__(self) -> str:
         verdict = "equal" if self.ok else "undecided, compared" if self.undecided else "NOT EQUAL"
         where = f", first beyond it at {self.first_beyond}" if self.first_beyond and not self.ok else ""
+        seen = f", {self.tiles} tiles" if self.tiles else ""
         hint = "; a token lies between two experts: repeat with another seed" if self.undecided else ""
         return (
             f"{verdict} to {self.against}: max |a - b| / max |b| = {self.max_relative_error:.2e} "
             f"(tolerance {self.tolerance:.0e}{where}), router margin {self.router_margin:.2e}, {self.dtype} weights, "
-            f"{self.tokens} tokens over {self.chunks} chunks{hint}"
+            f"{self.tokens} tokens over {self.chunks} chunks{seen}{hint}"
         )
 
 
@@ -98,8 +101,12 @@ def verify(
     (eager attention holds T^2 scores a head). A layer of the model, twice in fp32, must fit into memory. `say` takes a
     line for each stage.
     """
-    weights = FolderWeights(folder)
-    cfg = weights.cfg
+    weights = FolderWeights(folder, vision=False)
+    cfg, of_images = weights.cfg, 0.0
+    whole = against == "transformers" and read_config(folder).vision is not None
+    if whole:
+        of_images = vision_error(folder, seed)
+        say(f"vision: max |a - b| / max |b| = {of_images:.2e}")
     tokens = min(3 * cfg.chunk + cfg.chunk // 2, 4096) if tokens is None else tokens
     ids_BT = np.random.default_rng(seed).integers(0, cfg.vocab_size, (batch, tokens), dtype=np.int32)
     theirs: Model = Transformers(weights) if against == "transformers" else Numpy(weights)
@@ -123,7 +130,8 @@ def verify(
     margin_BT = np.min(margins, axis=0).reshape(batch, tokens)
     return Verification(
         against=against,
-        max_relative_error=float(np.max(error_BT)),
+        max_relative_error=max(float(np.max(error_BT)), of_images),
+        tiles=TILES if whole else 0,
         router_margin=float(margin_BT.min()),
         near_tie=starts_at_ties(error_BT, margin_BT, tolerance),
         tolerance=tolerance,

@@ -35,8 +35,8 @@ class Weights(Protocol):
 class FolderWeights:
     """Of a Hugging Face folder."""
 
-    def __init__(self, folder: epath.PathLike):
-        self.where, self.folder = str(folder), open_folder(folder)
+    def __init__(self, folder: epath.PathLike, vision: bool = True):
+        self.where, self.folder = str(folder), open_folder(folder, vision)
         self.cfg = self.folder.cfg
 
     @cached_property

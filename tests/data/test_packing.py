@@ -31,7 +31,8 @@ def spans_of(documents: dict[Key, Document], seq_len: int) -> list[Span]:
 
 def row_of(pieces, documents, seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
     """The fields of a batch of one row, each [T]."""
-    return {name: field[0] for name, field in build_batch([(pieces, documents)], seq_len, pad_id)._asdict().items()}
+    batch = build_batch([(pieces, documents)], seq_len, pad_id)
+    return {name: getattr(batch, name)[0] for name in FIELDS}
 
 
 @pytest.mark.parametrize(("seq_len", "chunk"), GRIDS)

@@ -9,7 +9,17 @@ import pytest
 from flax import nnx
 
 from llama4_jax import hf
-from llama4_jax.config import MODELS, ModelConfig, Rope, maverick, scout, tiny_maverick, tiny_scout
+from llama4_jax.config import (
+    MODELS,
+    ModelConfig,
+    Rope,
+    VisionConfig,
+    maverick,
+    scout,
+    tiny_maverick,
+    tiny_scout,
+    with_vision,
+)
 from llama4_jax.text import abstract
 
 TINY = replace(tiny_maverick(), vocab_size=24, embed_dim=16, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=6,
@@ -111,7 +121,29 @@ PUBLISHED_SCOUT = {  # the settings of the published Llama-4-Scout-17B-16E-Instr
     "model_type": "llama4",
     "torch_dtype": "bfloat16",
     "transformers_version": "4.51.0.dev0",
-    "vision_config": {"model_type": "llama4_vision_model"},
+    "vision_config": {
+        "attention_dropout": 0.0,
+        "hidden_act": "gelu",
+        "hidden_size": 1408,
+        "image_size": 336,
+        "initializer_range": 0.02,
+        "intermediate_size": 5632,
+        "model_type": "llama4_vision_model",
+        "multi_modal_projector_bias": False,
+        "norm_eps": 1e-05,
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "num_hidden_layers": 34,
+        "patch_size": 14,
+        "pixel_shuffle_ratio": 0.5,
+        "projector_dropout": 0.0,
+        "projector_input_dim": 4096,
+        "projector_output_dim": 4096,
+        "rope_theta": 10000,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "vision_output_dim": 4096,
+    },
     "text_config": {
         "_attn_implementation_autoset": True,
         "attention_bias": False,
@@ -160,7 +192,30 @@ PUBLISHED_SCOUT = {  # the settings of the published Llama-4-Scout-17B-16E-Instr
 
 
 def test_the_published_scout_is_our_scout():
-    assert hf.config_from_hf(PUBLISHED_SCOUT) == scout()
+    assert hf.config_from_hf(PUBLISHED_SCOUT) == with_vision(scout())
+    assert hf.config_from_hf(PUBLISHED_SCOUT, vision=False) == scout()
+
+
+def test_a_whole_configuration_goes_there_and_back():
+    assert hf.config_from_hf(hf.config_to_hf(with_vision(scout()))) == with_vision(scout())
+    with pytest.raises(ValueError, match=r"needs vision.mlp_dim \(64\) to be shuffle\^2 x embed_dim, which is 5632"):
+        hf.config_to_hf(with_vision(scout(), VisionConfig(mlp_dim=64)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(image_size=None), "'image_size' is missing in vision_config"),
+        (dict(projector_input_dim=5), "must be one width, not"),
+        (dict(hidden_act="quick_gelu"), "hidden_act = 'quick_gelu' is not supported"),
+        (dict(norm_eps=1e-6), "norm_eps = 1e-06 is not supported"),
+        (dict(window=3), "'window' .* is not a setting this model knows"),
+        (dict(image_size=337), "image_size .337. must be a multiple of patch_size x shuffle .28.: the nearest is 336"),
+    ],
+)
+def test_settings_of_a_tower_that_cannot_be_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        hf.config_from_hf(PUBLISHED_SCOUT | dict(vision_config=PUBLISHED_SCOUT["vision_config"] | changes))
 
 
 def test_rope_in_the_spelling_of_transformers_5():

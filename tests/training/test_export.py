@@ -280,8 +280,8 @@ def test_the_text_part_of_a_whole_model_is_read(exported, folder):
     rewrite(folder, whole)
     text = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(dict(model_type="llama4", text_config=text, vision_config={})))
-    assert read_config(folder) == CFG
-    assert_equal(load_hf(folder), load_hf(exported))
+    assert read_config(folder, vision=False) == CFG
+    assert_equal(load_hf(folder, vision=False), load_hf(exported))
 
 
 def damage_index(folder: Path, change) -> None:

@@ -37,7 +37,8 @@ class Heard(Corpus):
             get_state, close = stream.get_state, stream.close
             def __next__(self):
                 batch = next(stream)
-                rows = [blake2b(b"".join(np.ascontiguousarray(field[n]).tobytes() for field in batch)).hexdigest()
+                fields = [field for field in batch if field is not None]
+                rows = [blake2b(b"".join(np.ascontiguousarray(field[n]).tobytes() for field in fields)).hexdigest()
                         for n in range(len(batch.tokens))]
                 print("rows", json.dumps(rows), flush=True)
                 return batch

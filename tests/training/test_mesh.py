@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from data.batch import Batch
+from data.batch import FIELDS, Batch
 from llama4_jax.axes import MESH_AXES, REPLICA
 from training.chips import Device, devices
 from training.config import MeshConfig
@@ -105,7 +105,7 @@ def test_a_gradient_crosses_slices_once_and_as_a_shard(make_run):
     mesh = make_mesh(MeshConfig(replica=2, fsdp=4))
     params = abstract_state(cfg, mesh).learners["scout"].params
     rows = jax.ShapeDtypeStruct((16, cfg.train.seq_len), np.int32)
-    batch = Batch(*[rows] * len(Batch._fields))._replace(loss_mask=jax.ShapeDtypeStruct(rows.shape, np.float32))
+    batch = Batch(*[rows] * len(FIELDS))._replace(loss_mask=jax.ShapeDtypeStruct(rows.shape, np.float32))
     jaxpr = jax.make_jaxpr(gradient(learner, mesh, 2))(params, batch).jaxpr
     crossing = [one for one in walk(jaxpr) if REPLICA in one.axes]
     assert {one.name for one in crossing} == {"psum"}

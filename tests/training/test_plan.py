@@ -146,6 +146,7 @@ def test_what_lives_at_the_peak_is_read_and_named():
 @pytest.mark.parametrize("name, topology", [
     ("pretrain:scout_8k", "v5p:4x4x8"), ("pretrain:scout_256k", "v5p:4x8x8"), ("pretrain:maverick_8k", "v5p:8x8x8"),
     ("pretrain:maverick_256k", "v5p:8x8x8"), ("pretrain:behemoth_8k", "v5p:8x16x16"),
+    ("pretrain:scout_images_8k", "v5p:4x4x8"), ("pretrain:scout_images_256k", "v5p:4x8x8"),
     ("codistill:maverick_scout_from_behemoth", "v5p:16x16x16"), ("distill:scout_from_maverick", "h100:32x8"),
 ])  # fmt: skip
 def test_presets_of_full_size_fit_where_they_say(name, topology):
