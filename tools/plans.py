@@ -23,6 +23,7 @@ GIB = 2**30
 TOPOLOGIES = {
     "pretrain:scout_8k": "v5p:4x4x8",
     "pretrain:scout_256k": "v5p:4x8x8",
+    "pretrain:scout_images_256k": "v5p:4x8x8",
     "pretrain:maverick_8k": "v5p:8x8x8",
     "pretrain:maverick_256k": "v5p:8x8x8",
     "pretrain:behemoth_8k": "v5p:8x16x16",
