@@ -138,7 +138,7 @@ def scout_images_8k() -> RunConfig:
     Hardware: 128 v5p (v5p:4x4x8)
     Result:   never run; llama4 plan pretrain:scout_images_8k --topology v5p:4x4x8
     """
-    return _with_images(scout_8k(), "pretrain:scout_images_8k", tiles=16)
+    return with_images(scout_8k(), "pretrain:scout_images_8k", tiles=16)
 
 
 def scout_images_256k() -> RunConfig:
@@ -151,10 +151,11 @@ def scout_images_256k() -> RunConfig:
     Hardware: 256 v5p (v5p:4x8x8)
     Result:   never run; llama4 plan pretrain:scout_images_256k --topology v5p:4x8x8
     """
-    return _with_images(scout_256k(), "pretrain:scout_images_256k", tiles=256)
+    return with_images(scout_256k(), "pretrain:scout_images_256k", tiles=256)
 
 
-def _with_images(cfg: RunConfig, name: str, tiles: int) -> RunConfig:
+def with_images(cfg: RunConfig, name: str, tiles: int) -> RunConfig:
+    """A run of full size on text and images: every model gets a tower, a row room for so many tiles."""
     learners = {n: replace(learner, model=with_vision(learner.model)) for n, learner in cfg.learners.items()}
     return replace(cfg, name=name, learners=learners, train=replace(cfg.train, tiles=tiles))
 

@@ -11,7 +11,7 @@ Languages are sampled by temperature: of n_l tokens in language l its share of t
 
 tau = 1 is by size, a large tau is uniform; mT5 chose 1/tau = 0.3. The larger tau, the sooner small languages repeat.
 
-Image-text pairs and video frames, of which Llama 4 saw many, come with vision: no source gives them yet.
+Image-text pairs and frames of videos stand in the same rows as text; their share counts the tokens of their tiles.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from configs import full
-from configs.pretrain import scout_8k, tiny
+from configs.pretrain import scout_8k, tiny, with_digits, with_images
 from data.config import DataConfig
 from training.config import MeshConfig, RunConfig, Schedule, Stage
 
@@ -37,15 +37,18 @@ class Domain:
 
 # Your documents go here: `llama4 data convert` makes ArrayRecord shards of what you have. All shares sum to 1.
 DOMAINS = {
-    "web": Domain("array_record:corpus/web", 0.50),
-    "code": Domain("array_record:corpus/code", 0.15),
-    "scientific": Domain("array_record:corpus/scientific", 0.10),
-    "books": Domain("array_record:corpus/books", 0.08),
+    "web": Domain("array_record:corpus/web", 0.45),
+    "code": Domain("array_record:corpus/code", 0.14),
+    "scientific": Domain("array_record:corpus/scientific", 0.09),
+    "books": Domain("array_record:corpus/books", 0.07),
+    "images": Domain("webdataset:corpus/images", 0.08),
+    "videos": Domain("video:corpus/videos", 0.02),
 }
-MULTILINGUAL = 0.17
+MULTILINGUAL = 0.15
 # The long-context stage: its part of all tokens, and by how much more often it reads what is long (untuned).
 LONG = 0.05
-LONGER = {"books": 4.0, "code": 2.0, "scientific": 2.0}
+LONGER = {"books": 4.0, "code": 2.0, "scientific": 2.0, "videos": 2.0}
+TILES, LONG_TILES = 16, 256  # for which a short and a long row have room; the long one's are 48 images of 5, and more
 # Language -> its tokens, in any unit, and a folder corpus/multilingual/LANGUAGE.
 LANGUAGES = {
     "de": 300.0, "es": 280.0, "fr": 260.0, "ru": 250.0, "ja": 150.0, "zh": 140.0, "pt": 120.0, "it": 110.0, "pl": 60.0,
@@ -90,37 +93,40 @@ def _languages() -> dict[str, Domain]:
 
 
 def scout_mix() -> RunConfig:
-    """Scout as in `pretrain:scout_8k`, on a table of domains to fill in, languages by temperature.
+    """Scout and its vision tower, on a table of domains to fill in: text, images and videos, languages by temperature.
 
-    The last 5% of the tokens are in rows of 262,144, as in `pretrain:scout_256k`, and have more books and code.
+    All else is as in `pretrain:scout_8k`. The last 5% of the tokens are in rows of 262,144, as in
+    `pretrain:scout_256k`, and have more books, code and videos.
 
     Command:  llama4 train pretrain_mix:scout_mix --data.tokenizer tokenizer.model
               (documents under corpus/, or the places of `DOMAINS` in configs/pretrain_mix.py)
     Hardware: 128 v5p (v5p:4x4x8), for the long rows 256 (v5p:4x8x8), where the same command goes on
     Result:   never run; llama4 plan pretrain_mix:scout_mix --topology v5p:4x4x8
     """
-    base = scout_8k()
+    base = with_images(scout_8k(), "pretrain_mix:scout_mix", TILES)
     data = mixture(DOMAINS, _languages(), base.data.vocab_size)
     after, batch = round((1 - LONG) * base.train.steps), 8
     long_steps = round(LONG * full.TOKENS["scout"] / (batch * full.LONG))
     stage = Stage(
-        after, batch, full.LONG, weights=raised(data.weights, LONGER), mesh=MeshConfig(context=32), microbatches=1,
-        schedule=Schedule(full.LONG_RATE, decay=1.0, final=0.0),
+        after, batch, full.LONG, LONG_TILES, weights=raised(data.weights, LONGER), mesh=MeshConfig(context=32),
+        microbatches=1, schedule=Schedule(full.LONG_RATE, decay=1.0, final=0.0),
     )  # fmt: skip
     train = replace(base.train, steps=after + long_steps)
-    return replace(base, name="pretrain_mix:scout_mix", data=data, train=train, stages=(stage,))
+    return replace(base, data=data, train=train, stages=(stage,))
 
 
 def tiny_mix() -> RunConfig:
-    """A tiny Scout on the embedded text as a table of domains: two thirds prose, a third code.
+    """A tiny Scout on the embedded documents as a table of domains: half prose, three tenths code, a fifth digits.
 
     Command:  llama4 train pretrain_mix:tiny_mix
-    Hardware: 2 CPU cores, a minute
+    Hardware: 2 CPU cores, two minutes
     Result:   a mixture that can be tried; not measured
     """
-    table = {"prose": Domain("embedded:prose", 2 / 3), "code": Domain("embedded:code", 1 / 3)}
-    base = tiny()
-    return replace(base, name="pretrain_mix:tiny_mix", data=mixture(table, {}, base.data.vocab_size))
+    shares = {"prose": 0.5, "code": 0.3, "digits": 0.2}
+    table = {name: Domain(f"embedded:{name}", share) for name, share in shares.items()}
+    base = with_digits(tiny(), "pretrain_mix:tiny_mix")
+    data = mixture(table, {}, base.data.vocab_size)
+    return replace(base, data=replace(data, heldout=base.data.heldout))
 
 
 PRESETS = (scout_mix, tiny_mix)

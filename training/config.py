@@ -314,6 +314,8 @@ class Stage:
     """Sequences of a step; 0: train.batch."""
     seq_len: int = 0
     """Tokens of a sequence; 0: train.seq_len."""
+    tiles: int = 0
+    """Room for tiles of images in a sequence; 0: train.tiles."""
     sources: dict[str, str] = field(default_factory=dict)
     """Other documents, read with the run's tokenizer; empty: data.sources."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -329,7 +331,7 @@ class Stage:
 
     def __post_init__(self):
         _check(self.after >= 1, f"a stage's after must be at least 1, not {self.after}")
-        for name in ("batch", "seq_len", "microbatches"):
+        for name in ("batch", "seq_len", "tiles", "microbatches"):
             _check(getattr(self, name) >= 0, f"a stage's {name} must be at least 0, not {getattr(self, name)}")
 
 
@@ -447,7 +449,7 @@ class RunConfig:
         own = next((s for s in reversed(begun) if s.schedule), None)
         ends = (s.after for s in self.stages if s.schedule and s.after > done)
         train = replace(self.train, steps=next(ends, self.train.steps), batch=stage.batch or self.train.batch,
-                        seq_len=stage.seq_len or self.train.seq_len)  # fmt: skip
+                        seq_len=stage.seq_len or self.train.seq_len, tiles=stage.tiles or self.train.tiles)  # fmt: skip
         weights = stage.weights or ({} if stage.sources else self.data.weights)
         data = replace(self.data, sources=stage.sources or self.data.sources, weights=weights)
 

@@ -21,7 +21,7 @@ def test_temperature_goes_from_size_to_uniform():
 
 def test_the_table_is_a_mixture():
     data = configs.find("pretrain_mix:scout_mix").data
-    assert data.sources.keys() == data.weights.keys() >= {"web", "code", "scientific", "books", "multilingual-sw"}
+    assert data.sources.keys() == data.weights.keys() >= {"web", "images", "videos", "multilingual-sw"}
     assert sum(data.weights.values()) == pytest.approx(1)
     assert {place.partition(":")[0] for place in data.sources.values()} <= KINDS.keys()
     small, large = data.weights["multilingual-yo"], data.weights["multilingual-de"]
@@ -36,6 +36,7 @@ def test_its_long_stage_reads_what_is_long_for_a_twentieth_of_the_tokens():
               (cfg.train.steps - stage.after) * long.train.batch * long.train.seq_len]  # fmt: skip
     assert long.train.seq_len == 262_144 and tokens[1] / sum(tokens) == pytest.approx(0.05, rel=1e-3)
     before, then = cfg.data.weights, long.data.weights
+    assert (cfg.images, long.images) == ((16, 336, 144), (256, 336, 144))
     assert before.keys() == then.keys() and sum(then.values()) == pytest.approx(1)
     assert then["books"] / then["web"] == pytest.approx(4 * before["books"] / before["web"])
     assert then["books"] > 2 * before["books"] and then["web"] < before["web"]
