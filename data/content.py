@@ -55,6 +55,7 @@ class Images(NamedTuple):
     tiles: np.ndarray  # uint8 [n, S, S, 3], in order
     slots: np.ndarray  # int32 [T], which tile token stands at a position, -1 for none
     inside: np.ndarray  # bool [T], tokens of images, from start to end: nothing learns to predict them
+    starts: np.ndarray  # int32 [images], where the first token of each stands
 
 
 def _bytes(image: bytes | np.ndarray) -> bytes:
@@ -131,10 +132,12 @@ def tokenise(
     parts: list[np.ndarray] = [np.array([tokenizer.bos_id], np.int32)]
     tiles: list[np.ndarray] = []
     inside = [np.zeros(1, bool)]
+    starts: list[int] = []
     for n, words in enumerate(text.split(MARK)):
         if n:
             cut = tile(picture(text.images[n - 1]), shape.size, min(most, text.most))
             tiles.append(cut.tiles)
+            starts.append(sum(map(len, parts)))
             parts.append(tokens_of(cut.grid, ids, shape.tokens))
             inside.append(np.ones(len(parts[-1]), bool))
         if words:
@@ -148,4 +151,4 @@ def tokenise(
     if patches.sum() != len(every) * shape.tokens:
         raise ValueError(f"{text[:40]!r}: {patches.sum()} patch tokens for {len(every)} tiles of {shape.tokens} each")
     slots = np.where(patches, np.cumsum(patches) - 1, -1).astype(np.int32)
-    return tokens, Images(every, slots, within)
+    return tokens, Images(every, slots, within, np.array(starts, np.int32))

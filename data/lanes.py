@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.batch import Batch, ImageShape
-from data.packing import Document, Key, Piece, Row, Span, build_batch, cut, deal, pack, spill
+from data.packing import Document, Key, Piece, Row, Span, build_batch, cut, deal, pack, span_from, spill
 
 WINDOW_TOKENS = 2**16
 WINDOW_ROWS = 4  # at least
@@ -164,8 +164,7 @@ class Lanes:
         rows = self.window_rows if state.window else 1 + lane * self.window_rows // self._count  # they end in turns
         keys = dict.fromkeys(key for key, _ in state.waiting)
         documents = {key: known.get(key) or self._read(lane, *key) for key in keys}
-        spans = [Span(key, start, min(start + self._seq_len, len(documents[key].tokens)))
-                 for key, start in state.waiting]  # fmt: skip
+        spans = [span_from(key, start, documents[key], self._seq_len, self._images) for key, start in state.waiting]
         size, wanted = sum(span.stop - span.start for span in spans), rows * self._seq_len
         read, tokens, sizes = list(state.read), list(state.tokens), {}
         while size < wanted or (
@@ -179,7 +178,7 @@ class Lanes:
             read[domain] += 1
             tokens[domain] += len(document.tokens)
             size += len(document.tokens)
-            spans += cut(key, len(document.tokens), self._seq_len)
+            spans += cut(key, document, self._seq_len, self._images)
         else:
             # A document of many rows makes its window longer, so that little ever waits.
             rows = max(rows, size * SLACK // (self._seq_len * (SLACK + 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import weakref
@@ -27,6 +28,7 @@ from data.packing import Document, Key, Row, Span, build_batch, check_grid, cut,
 BPE_SAMPLE = 6_000_000  # bytes of text on which a tokenizer is trained
 THREADS = min(8, os.cpu_count() or 1)  # in which windows of lanes are read, tokenised and packed
 BATCHES_AHEAD = 2
+FULL = 0.9  # of the room for tiles, on average: where more is needed, documents with images would wait ever longer
 PLACES = 4096  # of each domain's order that are remembered
 ORDER = 2  # of what rows hold: raised where a version of this package reads, packs or deals documents otherwise
 
@@ -44,9 +46,11 @@ class Corpus:
         self.training_sizes: tuple[int, ...] = tuple(map(len, train))  # documents of each domain
         self.heldout_sizes: tuple[int, ...] = tuple(map(len, heldout))
         self.hash = _corpus_hash(documents, train)
-        shape = [*images, cfg.image_tiles] if images else []
-        counts = cache / f"tokens-{fingerprint([self.hash, tokens.hash, *shape])}.json"
-        self.mean_tokens: dict[str, float] = json.loads(cached(counts, self._count_tokens))
+        shape = [images.size, images.tokens, cfg.image_tiles] if images else []
+        counts = cache / f"sizes-{fingerprint([self.hash, tokens.hash, *shape])}.json"
+        means: dict[str, list[float]] = json.loads(cached(counts, self._count_sizes))
+        self.mean_tokens = {name: mean for name, (mean, _) in means.items()}  # of a document
+        self.mean_tiles = {name: mean for name, (_, mean) in means.items()}
         sizes = {name: mean * len(part) for (name, mean), part in zip(self.mean_tokens.items(), train, strict=True)}
         self.shares: dict[str, float] = mixture.token_shares(sizes, cfg.weights)
         mixture.check_names("repeats", cfg.repeats, self.domains)
@@ -54,25 +58,25 @@ class Corpus:
         self.pass_tokens = sizes  # by domain: of one pass over its training documents, estimated
         self.tokens = round(sum(sizes.values()))
 
-    def _count_tokens(self) -> bytes:
+    def _count_sizes(self) -> bytes:
         counts = {}
-        for source, part in zip(self.sources, self._train, strict=True):
-            count = partial(self._length, source) if self.images else None
-            counts[source.name] = mixture.tokens_per_document(source, part, self.tokenizer, count=count)
+        for domain, (source, part) in enumerate(zip(self.sources, self._train, strict=True)):
+            counts[source.name] = mixture.sizes_of_documents(source, part, partial(self._size, domain))
         return json.dumps(counts).encode()
 
-    def _length(self, source: sources.Source, index: int) -> int:
-        """Tokens of a document without bos and eos, those of its images included."""
-        if source.ids is not None:
-            return len(source.ids(index)) - 2
-        return len(tokenise(source[index], self.tokenizer, self.images, self._cfg.image_tiles)[0]) - 2
+    def _size(self, domain: int, index: int) -> tuple[int, int]:
+        """Tokens and tiles of a document."""
+        document = self._document(domain, index, 0)
+        return len(document.tokens), len(document.images.tiles) if document.images else 0
 
     @classmethod
     def open(cls, cfg: DataConfig, cache: epath.PathLike, log: Callable[[str], object] = print,
-             tokens: tokenizer.Tokenizer | None = None, images: ImageShape | None = None) -> Corpus:  # fmt: skip
+             tokens: tokenizer.Tokenizer | None = None,
+             images: tuple[int, int, int] | None = None) -> Corpus:  # fmt: skip
         """Read, split and, unless one is given or named, train a tokenizer; what was built before is reused from
-        `cache`. `images`: the room for them in a row; None for text alone."""
+        `cache`. `images`: the room for them in a row (`ImageShape`); None for text alone."""
         started = time.monotonic()
+        images = ImageShape(*images) if images else None
         cache = epath.Path(cache)
         if tokens is None and cfg.tokenizer:
             tokens = tokenizer.load(cfg.tokenizer)
@@ -98,14 +102,16 @@ class Corpus:
         )
         return corpus
 
-    def of(self, cfg: DataConfig, log: Callable[[str], object] = print) -> Corpus:
+    def of(self, cfg: DataConfig, log: Callable[[str], object] = print,
+           images: tuple[int, int, int] | None = None) -> Corpus:  # fmt: skip
         """What another stage of a run reads: `cfg`'s documents in its shares, with this corpus's tokenizer."""
-        if cfg == self._cfg:
+        images = ImageShape(*images) if images else None
+        if cfg == self._cfg and images == self.images:
             return self
         documents = ("sources", "synthetic", "bad_records", "heldout")
         if any(getattr(cfg, name) != getattr(self._cfg, name) for name in documents):
-            return Corpus.open(cfg, self._cache, log, self.tokenizer, self.images)
-        return Corpus(self.sources, self._train, self._heldout, self.tokenizer, cfg, self._cache, self.images)
+            return Corpus.open(cfg, self._cache, log, self.tokenizer, images)
+        return Corpus(self.sources, self._train, self._heldout, self.tokenizer, cfg, self._cache, images)
 
     def heldout(self, batch: int, seq_len: int, chunk: int, max_batches: int) -> list[Batch]:
         """At most `max_batches` batches of held-out rows, the same at every call; padding rows complete the last.
@@ -142,7 +148,7 @@ class Corpus:
         wanted, tokens, spans = -(-most // len(self.domains)), 0, []
         for index in self._heldout[domain].tolist():
             document = documents[domain, index] = self._document(domain, index, 0)
-            spans += cut((domain, index), len(document.tokens), seq_len)
+            spans += cut((domain, index), document, seq_len, self.images)
             tokens += len(document.tokens)
             if tokens >= 8 * wanted * seq_len:
                 break
@@ -159,7 +165,7 @@ class Corpus:
         return [(packed[kept[i]], documents) for i in order]
 
     def _document(self, domain: int, index: int, visit: int) -> Document:
-        """ValueError names the document whose images have no room."""
+        """ValueError names a document with images where there is no room for any."""
         source = self.sources[domain]
         if source.ids is not None:
             return Document(source.ids(index), domain, index, visit == 0)
@@ -185,6 +191,7 @@ class Corpus:
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
         check_grid(seq_len, chunk)
+        self._check_tiles(seq_len)
         if place and place["stream"].get("order") != ORDER:
             raise ValueError(
                 "the saved place is one of another version of this program, which read documents in another order: "
@@ -215,6 +222,19 @@ class Corpus:
         if place:
             iterator.set_state(place)
         return iterator
+
+    def _check_tiles(self, seq_len: int) -> None:
+        """ValueError where rows have more tiles on average than room for them: ever more of them would wait."""
+        of_rows = {name: seq_len * share * self.mean_tiles[name] / self.mean_tokens[name]
+                   for name, share in self.shares.items()}  # fmt: skip
+        if self.images and (need := sum(of_rows.values())) > FULL * self.images.tiles:
+            most = max(of_rows, key=lambda name: of_rows[name])
+            raise ValueError(
+                f"a row of {seq_len:,} tokens has {need:.1f} tiles on average, {of_rows[most]:.1f} of them of {most}, "
+                f"for which train.tiles ({self.images.tiles}) leaves too little room: set it to "
+                f"{math.ceil(1.25 * need)}, or data.weights {most} to "
+                f"{self.shares[most] * FULL * self.images.tiles / need:.2g}"
+            )
 
     def training_order(
         self, domain: int, seed: int, behind: Sequence[Sequence[int]] = ()

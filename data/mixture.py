@@ -11,7 +11,6 @@ import numpy as np
 
 from data.cache import fingerprint
 from data.sources import Source
-from data.tokenizer import Tokenizer
 
 
 def token_shares(tokens: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
@@ -46,23 +45,23 @@ def check_names(field: str, given: Iterable[str], domains: Collection[str]) -> N
             )
 
 
-def tokens_per_document(
-    source: Source, indices: np.ndarray, tokenizer: Tokenizer, sample: int = 16 << 20,
-    count: Callable[[int], int] | None = None,
-) -> float:  # fmt: skip
-    """Mean tokens of a document, bos and eos included, from the exact mean of its bytes and a sample's tokens a byte.
+def sizes_of_documents(
+    source: Source, indices: np.ndarray, count: Callable[[int], tuple[int, int]], sample: int = 16 << 20
+) -> tuple[float, float]:
+    """Mean tokens of a document, bos and eos included, and mean tiles: from the exact mean of its bytes, and what a
+    sample has of them a byte.
 
     The sample, `sample` bytes or the whole domain if that is less, is taken in the order of the content hashes, so it
-    does not depend on the documents' order; `count` says how many tokens one of them has without those two, by default
-    its text alone. Tokenizers leave the interpreter free while they encode.
+    does not depend on the documents' order; `count` says how many tokens and tiles one of them has. Tokenizers leave
+    the interpreter free while they encode.
     """
     order = indices[np.argsort(source.hashes[indices], kind="stable")]
     before = np.cumsum(source.sizes[order]) - source.sizes[order]
     order = order[before < sample]
     with ThreadPoolExecutor() as pool:
-        counts = count or (lambda index: len(source.document(index, tokenizer)) - 2)
-        tokens = sum(pool.map(counts, order.tolist()))
-    return 2 + float(source.sizes[indices].mean()) * tokens / max(int(source.sizes[order].sum()), 1)
+        counted = np.array(list(pool.map(count, order.tolist())), np.int64).reshape(-1, 2)
+    tokens, tiles = (counted - [2, 0]).sum(axis=0) * (source.sizes[indices].mean() / max(source.sizes[order].sum(), 1))
+    return 2 + float(tokens), float(tiles)
 
 
 class Order:

@@ -8,7 +8,8 @@ into chunks. The two are the same exactly when, for every pair of positions of a
 So a row of `seq_len` tokens is a list of cells of C tokens. A piece of at most C tokens lies within one cell; a longer
 one starts a cell and takes the next ones whole, leaving the tail of its last cell to short pieces. A document longer
 than a row is split every `seq_len` tokens, which is on the grid, and each piece restarts at position 0: it attends to
-nothing before it, but still predicts the next token of the document across the cut.
+nothing before it, but still predicts the next token of the document across the cut. One with more tiles than a row has
+room for is split in front of the image that finds none.
 
 `pack` decides from lengths alone (best fit decreasing); `build_batch` then makes the arrays.
 """
@@ -69,9 +70,31 @@ def check_grid(seq_len: int, chunk: int) -> None:
         )
 
 
-def cut(key: Key, length: int, seq_len: int) -> list[Span]:
-    """A document of `length` tokens, split where it is longer than a row."""
-    return [Span(key, start, min(start + seq_len, length)) for start in range(0, length, seq_len)]
+def cut(key: Key, document: Document, seq_len: int, images: ImageShape | None = None) -> list[Span]:
+    """A document, split where it is longer than a row or has more tiles than that has room for."""
+    spans, start = [], 0
+    while start < len(document.tokens):
+        spans.append(span_from(key, start, document, seq_len, images))
+        start = spans[-1].stop
+    return spans
+
+
+def span_from(key: Key, start: int, document: Document, seq_len: int, images: ImageShape | None = None) -> Span:
+    """The most of a document from a token on that a row can hold.
+
+    What has too many tiles ends where the first image that does not fit begins, or, where that is the first image, with
+    the last of its tiles that does.
+    """
+    stop = min(start + seq_len, len(document.tokens))
+    if images is None or document.images is None:
+        return Span(key, start, stop)
+    first, _ = tiles_of(Piece(key, start, stop, 0), {key: document}, images.tokens)
+    over = document.images.slots[start:stop] >= (first + images.tiles) * images.tokens
+    if over.any():
+        stop = start + int(over.argmax())
+        image = int(document.images.starts[np.searchsorted(document.images.starts, stop) - 1])
+        stop = image if image > start else stop
+    return Span(key, start, stop)
 
 
 def pack(spans: Sequence[Span], seq_len: int, chunk: int, first: int = 0) -> list[list[Piece]]:
@@ -180,7 +203,7 @@ def spill(
 ) -> tuple[list[list[Piece]], list[Span]]:
     """The rows with no more tiles than they have room for, and the spans that had to go; the smallest go first.
 
-    ValueError for a span that has more tiles than any row has room for: nothing with images is dropped.
+    The spans are those of `cut`, none of which has more tiles than a row has room for.
     """
     kept, gone = [], []
     for row in rows:
@@ -188,13 +211,6 @@ def spill(
         over = sum(counts.values()) - images.tiles
         staying = set(row)
         for piece in sorted(row, key=lambda piece: (counts[piece], piece.stop - piece.start)):
-            if counts[piece] > images.tiles:
-                document = documents[piece.key]
-                raise ValueError(
-                    f"document {document.document_id} of domain {document.domain} has {counts[piece]} tiles within a "
-                    f"row, for which train.tiles ({images.tiles}) leaves no room: set it to at least {counts[piece]}, "
-                    "or data.image_tiles lower"
-                )
             if over > 0 and counts[piece]:
                 over -= counts[piece]
                 staying.remove(piece)

@@ -43,9 +43,8 @@ def run(args: argparse.Namespace) -> int:
     cfg = overrides.apply(configs.find(args.name), args)
     _check(args, cfg)
     corpus = open_corpus(cfg, log := partial(print, file=sys.stderr))
-    if (then := cfg.at(args.at)).data != cfg.data:
-        corpus = corpus.of(then.data, log)
-    facts = describe(then, corpus, args.step, args.batches, args.show)
+    then = cfg.at(args.at)
+    facts = describe(then, corpus.of(then.data, log, then.images), args.step, args.batches, args.show)
     print(json.dumps(facts)) if args.json else _print(facts)
     return 0
 

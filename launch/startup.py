@@ -51,9 +51,8 @@ def progress() -> Iterator[Callable[[str], None]]:
 def open_corpus(cfg: RunConfig, log: Callable[[str], object] = print) -> Corpus:
     """The run's documents and tokenizer; ValueError if the models have another vocabulary."""
     overrides.check_vocabulary(cfg)
-    from data.batch import ImageShape
     from data.loader import Corpus
 
-    corpus = Corpus.open(cfg.data, cache_folder(), log, images=ImageShape(*cfg.images) if cfg.images else None)
+    corpus = Corpus.open(cfg.data, cache_folder(), log, images=cfg.images)
     overrides.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
     return corpus

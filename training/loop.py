@@ -363,7 +363,7 @@ def _look_ahead(cfg: RunConfig, corpus: Corpus, start: int, say: Callable[[str],
     while True:
         then = cfg.at(done)
         try:
-            corpora[done] = corpus if then.data == cfg.data else corpus.of(then.data, say)
+            corpora[done] = corpus.of(then.data, say, then.images)
             _check_domains(then, corpora[done])
             corpora[done].check_heldout(then.train.batch, then.train.eval_batches)
             if done == start or then.mesh.suits(devices):

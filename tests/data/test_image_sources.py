@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import tarfile
@@ -21,7 +22,7 @@ from data.batch import ImageShape
 from data.config import DataConfig
 from data.content import MARK, Illustrated, illustrated, tokenise
 from data.loader import Corpus
-from data.packing import Document, Piece, build_batch, cut, pack, spill
+from data.packing import Document, Piece, build_batch, cut, pack, span_from, spill, tiles_of
 from data.sources import open_sources
 from data.tokenizer import SentencePieceTokenizer, train_bpe
 
@@ -172,7 +173,7 @@ def document(n: int, images: int, tokenizer: SentencePieceTokenizer) -> Document
 def test_a_batch_has_every_token_of_every_tile(tokenizer):
     """Packed, cut and spilled: each patch token's slot shows its own tile, and no image token is predicted."""
     documents = {(0, n): document(n, n % 5, tokenizer) for n in range(12)}
-    spans = [span for key, d in documents.items() for span in cut(key, len(d.tokens), 32)]
+    spans = [span for key, d in documents.items() for span in cut(key, d, 32)]
     rows, ids, seen = pack(spans, 32, 32), tokenizer.image_ids, 0
     while rows:
         rows, gone = spill(rows, documents, SHAPE)
@@ -196,13 +197,37 @@ def test_a_batch_has_every_token_of_every_tile(tokenizer):
     assert seen == sum(n % 5 for n in range(12)) * SHAPE.tokens
 
 
-def test_too_many_tiles_are_refused(tokenizer):
-    documents = {(0, 0): document(0, 7, tokenizer)}
-    row = [Piece((0, 0), 0, len(documents[0, 0].tokens), 0)]
-    with pytest.raises(ValueError, match=r"has 7 tiles within a row, for which train\.tiles \(6\)"):
-        spill([row], documents, SHAPE)
-    with pytest.raises(ValueError, match="a row has 7 tiles"):
-        build_batch([(row, documents)], 128, 0, SHAPE)
+def test_documents_are_cut_where_tiles_have_no_room(tokenizer):
+    """In front of the first image that does not fit; within an image only where that alone is too much."""
+    whole = document(0, 7, tokenizer)  # an image is one tile
+    assert whole.images
+    spans = cut((0, 0), whole, 128, SHAPE)
+    last = int(whole.images.starts[6])
+    assert spans == [((0, 0), 0, last), ((0, 0), last, len(whole.tokens))]
+    assert all(span == span_from((0, 0), span.start, whole, 128, SHAPE) for span in spans)  # what waits is made again
+    large = Illustrated(f"a {MARK} b", (np.zeros((64, 64, 3), np.uint8),))  # 16 tiles and the whole
+    tokens, images = tokenise(large, tokenizer, SHAPE)
+    assert images and len(images.tiles) == 17
+    large = {(0, 1): Document(tokens, 0, 1, True, images)}
+    spans = cut((0, 1), large[0, 1], len(tokens), SHAPE)
+    counts = [stop - first for span in spans for first, stop in [tiles_of(Piece(*span, 0), large, SHAPE.tokens)]]
+    assert counts == [0, 6, 6, 5]
+    assert [span.stop for span in spans[:-1]] == [span.start for span in spans[1:]] and spans[-1].stop == len(tokens)
+    with pytest.raises(ValueError, match="a row has 17 tiles"):
+        build_batch([([Piece((0, 1), 0, len(tokens), 0)], large)], len(tokens), 0, SHAPE)
+
+
+def test_more_tiles_than_there_is_room_for_on_average_are_refused(tmp_path, tokenizer):
+    """Else ever more documents would wait for a row that has room."""
+    records = [dict(text=f"{MARK} number {n}", image=base64.b64encode(picture(n)).decode()) for n in range(60)]
+    (tmp_path / "pictures.jsonl").write_text("\n".join(map(json.dumps, records)))
+    cfg = DataConfig(sources={"pictures": str(tmp_path / "pictures.jsonl")}, heldout=0.1)
+    corpus = Corpus.open(cfg, tmp_path / "cache", lambda _: None, tokenizer, images=(2, 16, 4))
+    with pytest.raises(ValueError, match=r"tiles on average, .* of pictures, for which train\.tiles \(2\)"):
+        corpus.train(2, 128, 16, seed=0)
+    more = corpus.of(cfg, images=(40, 16, 4))  # as another stage may give them
+    with contextlib.closing(more.train(2, 128, 16, seed=0)) as stream:
+        assert next(stream).tiles.shape == (2, 40, 16, 16, 3)
 
 
 def test_images_without_room_are_refused(tokenizer):
@@ -223,14 +248,14 @@ def test_a_stream_with_images_goes_on_where_it_was(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
     places = {name: str(tmp_path / f"{name}.jsonl") for name in ("words", "pictures")}
     cfg = DataConfig(sources=places, vocab_size=310, heldout=0.1, weights={"pictures": 0.5})
-    shape = ImageShape(tiles=2, size=16, tokens=4)
+    shape = ImageShape(tiles=3, size=16, tokens=4)
     corpus = Corpus.open(cfg, tmp_path / "cache", log=lambda _: None, images=shape)
     stream = corpus.train(2, 64, 16, seed=0)
     batches = [next(stream) for _ in range(6)]
     place = stream.get_state()
     after = [next(stream) for _ in range(3)]
     stream.close()
-    assert all(batch.tiles.shape == (2, 2, 16, 16, 3) for batch in batches)
+    assert all(batch.tiles.shape == (2, 3, 16, 16, 3) for batch in batches)
     assert any((batch.slots >= 0).any() for batch in batches)
     resumed = corpus.train(2, 64, 16, seed=0, place=place)
     for a in after:

@@ -33,8 +33,13 @@ def test_mean_tokens_are_close_to_the_count(corpus):
     sources, bpe = corpus
     for source in sources:
         exact = np.mean([len(bpe.document(source[i])) for i in range(len(source))])
-        assert mixture.tokens_per_document(source, all_of(source), bpe) == pytest.approx(exact, rel=1e-9)
-        assert mixture.tokens_per_document(source, all_of(source), bpe, sample=3000) == pytest.approx(exact, rel=0.05)
+
+        def count(index: int, source=source) -> tuple[int, int]:
+            return len(bpe.document(source[index])), 3
+
+        tokens, tiles = mixture.sizes_of_documents(source, all_of(source), count)
+        assert tokens == pytest.approx(exact, rel=1e-9) and tiles == pytest.approx(3)
+        assert mixture.sizes_of_documents(source, all_of(source), count, 3000)[0] == pytest.approx(exact, rel=0.05)
 
 
 def test_each_pass_visits_every_document_once_in_a_new_order():

@@ -26,7 +26,11 @@ def random_documents(seed: int, count: int = 200, longest: int = 300) -> dict[Ke
 
 
 def spans_of(documents: dict[Key, Document], seq_len: int) -> list[Span]:
-    return [span for key, document in documents.items() for span in cut(key, len(document.tokens), seq_len)]
+    return [span for key, document in documents.items() for span in cut(key, document, seq_len)]
+
+
+def of_length(length: int) -> Document:
+    return Document(np.zeros(length, np.int32), 0, 0, True)
 
 
 def row_of(pieces, documents, seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
@@ -82,7 +86,7 @@ def test_rows_reassemble_to_the_documents_and_their_labels(seq_len, chunk):
 )  # fmt: skip
 def test_pack_loses_nothing_overlaps_nothing_and_stays_on_the_grid(lengths, cells, cell, first):
     seq_len = cells * cell
-    spans = [span for n, length in enumerate(lengths) for span in cut((0, n), length, seq_len)]
+    spans = [span for n, length in enumerate(lengths) for span in cut((0, n), of_length(length), seq_len)]
     rows = pack(spans, seq_len, cell, first)
     check(rows, spans, seq_len, cell)
     check(deal(rows, seq_len, cell, 1), spans, seq_len, cell)
@@ -105,7 +109,7 @@ def test_dealt_rows_hold_as_much_of_each_domain():
     """Three domains whose documents differ in length tenfold; packed alone, rows are of one or two of them."""
     rng = np.random.default_rng(0)
     spans = [span for d, mean in enumerate((20, 60, 250)) for n in range(6000 // mean)
-             for span in cut((d, n), int(mean * rng.uniform(0.5, 1.5)), 2048)]  # fmt: skip
+             for span in cut((d, n), of_length(int(mean * rng.uniform(0.5, 1.5))), 2048)]  # fmt: skip
 
     def spread(rows: list[list[Piece]]) -> float:
         """The largest difference of a domain's share between two rows."""
@@ -172,7 +176,8 @@ def test_little_is_padded():
     rng = np.random.default_rng(0)
     logs = np.where(rng.random(2000) < 0.31, rng.normal(7.64, 1.53, 2000), rng.normal(6.91, 1.45, 2000))
     lengths = np.exp(logs).astype(int) + 2
-    rows = pack([span for n, length in enumerate(lengths.tolist()) for span in cut((0, n), length, 1024)], 1024, 256)
+    spans = [span for n, length in enumerate(lengths.tolist()) for span in cut((0, n), of_length(length), 1024)]
+    rows = pack(spans, 1024, 256)
     assert 1 - lengths.sum() / (1024 * len(rows)) < 0.03
 
 

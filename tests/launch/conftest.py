@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch):
+    """An export's memory counts from what the process has, and a process of tests may have more than an export may."""
+    monkeypatch.setattr("training.transfer.resident", lambda: 5 * 10**8)
+
+
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A JSONL file with 200 documents of domain "long" and 100 of "short"."""

@@ -135,7 +135,7 @@ def test_rows_of_eight_chunks_as_they_are_packed_give_the_logits_of_each_documen
     lengths = [T + 5, 5 * CHUNK + 1, 3 * CHUNK, 2 * CHUNK + 3, CHUNK, CHUNK - 1, 7, 5, 3, 3, 2, 2]
     documents = {(0, n): Document(rng.integers(0, SCOUT.vocab_size, length, np.int32), 0, n, True)
                  for n, length in enumerate(lengths)}  # fmt: skip
-    rows = pack([span for key, d in documents.items() for span in cut(key, len(d.tokens), T)], T, CHUNK)
+    rows = pack([span for key, d in documents.items() for span in cut(key, d, T)], T, CHUNK)
     batch = build_batch([(row, documents) for row in rows], T, 0)
     assert max(batch.segment_ids.max(axis=1)) > 3 and len(rows) > 2
 

@@ -42,7 +42,7 @@ def batches(count: int, seed: int = 0) -> list[Batch]:
     rng = np.random.default_rng(seed)
     texts = {(0, i): Document(rng.integers(0, V, n).astype(np.int32), 0, i, True)
              for i, n in enumerate(rng.integers(2, 3 * CHUNK, count * B * 4 + 8))}  # fmt: skip
-    spans = [span for key, text in texts.items() for span in cut(key, len(text.tokens), T)]
+    spans = [span for key, text in texts.items() for span in cut(key, text, T)]
     rows = [(row, texts) for row in pack(spans, T, CHUNK)]
     assert len(rows) >= count * B
     return [build_batch(rows[i : i + B], T, 0) for i in range(0, count * B, B)]

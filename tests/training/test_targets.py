@@ -117,7 +117,7 @@ def documents(rng: np.random.Generator, count: int = 40) -> list[Document]:
 
 def packed(texts: list[Document], seq_len: int, rows: int) -> list[Batch]:
     by_key = {(0, n): text for n, text in enumerate(texts)}
-    spans = [span for key, text in by_key.items() for span in cut(key, len(text.tokens), seq_len)]
+    spans = [span for key, text in by_key.items() for span in cut(key, text, seq_len)]
     built = [(row, by_key) for row in pack(spans, seq_len, CHUNK)]
     built += [([], {})] * (-len(built) % rows)
     return [build_batch(built[i : i + rows], seq_len, 0) for i in range(0, len(built), rows)]
