@@ -182,7 +182,7 @@ def changes(cfg: RunConfig, learner: str) -> Iterator[tuple[str, Callable[[RunCo
 
 
 def _option_prefix(cfg: RunConfig, learner: str) -> str:
-    return "" if len(cfg.learners) == 1 else f"{learner}."
+    return "" if len(cfg.learners) == 1 else f"learners.{learner}."
 
 
 def cheaper(cfg: RunConfig, mesh: Mesh, now: Memory) -> dict[str, Any] | None:

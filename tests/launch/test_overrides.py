@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 from dataclasses import replace
 
 import pytest
 
 import configs
-from launch import overrides
+from launch import cli, overrides
+from training import plan
 from training.config import RunConfig
 
 
@@ -134,3 +137,24 @@ def test_split_leaves_known_options_and_names_alone():
     rest, given = overrides.split(words, ["--json", "--show"])
     assert rest == ["train", "pretrain:tiny", "--json", "--show", "3"]
     assert given == [["--train.steps", "5"], ["--model.chunk", "64"]]
+
+
+@pytest.mark.parametrize("name", configs.PRESETS)
+def test_options_that_presets_and_plans_name_are_read(name: str):
+    """What a preset's first lines tell one to run, and what a plan tells one to change."""
+    cfg = configs.find(name)
+    told = re.search(r"Command: +(.*?)(?=\n +Hardware:)", configs.PRESETS[name].__doc__ or "", re.DOTALL)
+    assert told, name
+    for command in re.findall(rf"llama4 train {name}[^(]*?(?=, then|\(|$)", " ".join(told[1].split())):
+        args, _ = cli._parse(command.split()[1:])
+        assert isinstance(overrides.apply(cfg, args), RunConfig)
+    for learner in cfg.learners:
+        for option, change in plan.changes(cfg, learner):
+            with contextlib.suppress(ValueError):  # of a mesh that is none
+                assert apply(option, cfg) == change(cfg)
+
+
+def test_an_option_of_one_of_several_learners_is_one():
+    cfg = configs.find("codistill:maverick_scout_from_behemoth")
+    option, change = next(plan.changes(cfg, "scout"))
+    assert option == "--learners.scout.remat nested" and apply(option, cfg) == change(cfg) != cfg
