@@ -13,7 +13,8 @@ def scout_from_maverick() -> RunConfig:
     """A frozen Maverick teaches a Scout; rows of 8,192 tokens, 2.1M tokens a step (untuned).
 
     Command:  llama4 train distill:scout_from_maverick --learners.maverick.init hf:MAVERICK
-              --learners.scout.init hf:SCOUT --data.sources text=DIR --data.tokenizer MAVERICK/tokenizer.model --out runs/mine, then
+              --learners.scout.init hf:SCOUT --data.sources text=DIR
+              --data.tokenizer MAVERICK/tokenizer.model --out runs/mine, then
               llama4 export runs/mine --learner scout --to FOLDER
     Hardware: 256 H100 (h100:32x8)
     Result:   never run; llama4 plan distill:scout_from_maverick --topology h100:32x8

@@ -93,7 +93,7 @@ def _languages() -> dict[str, Domain]:
 
 
 def scout_mix() -> RunConfig:
-    """Scout and its vision tower, on a table of domains to fill in: text, images and videos, languages by temperature.
+    """Scout with its vision tower, on a table of domains to fill in: text in many languages, images, videos.
 
     All else is as in `pretrain:scout_8k`. The last 5% of the tokens are in rows of 262,144, as in
     `pretrain:scout_256k`, and have more books, code and videos.
@@ -116,7 +116,7 @@ def scout_mix() -> RunConfig:
 
 
 def tiny_mix() -> RunConfig:
-    """A tiny Scout on the embedded documents as a table of domains: two fifths prose, the rest code and digits.
+    """A tiny Scout on the embedded documents as a table of domains: 40% prose, 30% code, 30% digits.
 
     Command:  llama4 train pretrain_mix:tiny_mix
     Hardware: 2 CPU cores, two minutes
