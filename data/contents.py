@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.batch import Batch
+from data.content import MARK
 from data.tokenizer import Tokenizer
 
 JOINERS = "\u200c\u200d"  # which Persian and emoji are written with; they move nothing
@@ -34,10 +35,11 @@ def printable(text: str) -> str:
 
 
 class DecodedSpan(NamedTuple):
-    """Neighbouring tokens of a piece: predicted from those before them for the loss, or only read."""
+    """Neighbouring tokens of a piece: predicted from those before them for the loss, or only read; or an image."""
 
-    text: str
+    text: str  # of an image <|image|>
     counted: bool
+    slot: int = -1  # of an image, the last of the row's tile tokens in it: of the tile that shows it whole
 
 
 class DecodedPiece(NamedTuple):
@@ -67,8 +69,17 @@ def pieces(batch: Batch, tokenizer: Tokenizer, domains: tuple[str, ...]) -> Iter
             inside = slice(at, at + int((segments == segments[at]).sum()))
             tokens, counts = batch.tokens[row, inside], batch.loss_mask[row, inside] > 0
             predicted = np.concatenate([[False], counts[:-1]])
-            edges = [0, *(np.flatnonzero(np.diff(predicted)) + 1).tolist(), len(tokens)]
-            spans = [DecodedSpan(tokenizer.decode(tokens[a:b]), bool(predicted[a])) for a, b in pairwise(edges)]
+            images = np.isin(tokens, tokenizer.image_ids or ())
+            starts = tokens == tokenizer.image_ids.start if tokenizer.image_ids else images
+            new = (np.diff(predicted) & ~images[1:]) | np.diff(images) | starts[1:]
+            edges = [0, *(np.flatnonzero(new) + 1).tolist(), len(tokens)]
+            slots = np.full(len(tokens), -1) if batch.slots is None else batch.slots[row, inside]
+            spans = [
+                DecodedSpan(MARK, False, int(slots[a:b].max()))
+                if images[a]
+                else DecodedSpan(tokenizer.decode(tokens[a:b]), bool(predicted[a]))
+                for a, b in pairwise(edges)
+            ]
             yield DecodedPiece(
                 row, at, len(tokens), int(counts.sum()), domains[int(batch.domain[row, at])],
                 int(batch.document_id[row, at]), bool(tokens[0] == tokenizer.bos_id),

@@ -18,6 +18,7 @@ Llama4ImageProcessor, beside which tests hold all this.)
 
 from __future__ import annotations
 
+import base64
 import io
 from functools import cache
 from typing import NamedTuple
@@ -106,6 +107,14 @@ def _resized(image: Image.Image, height: int, width: int) -> np.ndarray:
     if image.size == (width, height):
         return np.asarray(image)
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def small_picture(tile: np.ndarray, side: int) -> str:
+    """A tile of at most so many pixels a side, as PNG in base64."""
+    image, file = Image.fromarray(np.asarray(tile)), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def tokens_of(grid: tuple[int, int], ids: ImageIds, tile_tokens: int) -> np.ndarray:

@@ -164,7 +164,7 @@ def _piece(sample: dict[str, Any], plain: bool) -> Text:
     )
     body, left = Text(), SHOWN_CHARACTERS
     body.append("bos " * sample["begins"], style="green")
-    for span, counted in sample["spans"]:
+    for span, counted, _ in sample["spans"]:
         shown, left = printable(span[:left]), max(0, left - len(span))
         if shown:
             body.append(shown if counted or not plain else f"⟦{shown}⟧", style="" if counted else "dim")

@@ -10,12 +10,14 @@ from etils import epath
 
 from data.batch import Batch
 from data.contents import Counts, DecodedPiece, pieces
+from data.images import small_picture
 from data.loader import Corpus
 from training.target_sources import Batches
 
 FILE = "data.json"
 ENOUGH_TOKENS = 2**18  # a single batch of a large run
 SAMPLES, SAMPLE_CHARACTERS = 8, 500
+PICTURE = 64  # pixels of a side
 
 
 class FirstBatches:
@@ -35,7 +37,7 @@ class FirstBatches:
         if self._counts:
             if not self._samples:
                 first = islice(pieces(batch, self._corpus.tokenizer, self._corpus.domains), SAMPLES)
-                self._samples = [_cut(piece) for piece in first]
+                self._samples = [self._cut(batch, piece) for piece in first]
             self._counts.add(batch)
             if self._counts.tokens.sum() >= ENOUGH_TOKENS:
                 self._write()
@@ -54,9 +56,11 @@ class FirstBatches:
             self._file.write_text(json.dumps(facts, indent=1) + "\n")
         self._counts = None
 
-
-def _cut(piece: DecodedPiece) -> dict[str, Any]:
-    spans, left = [], SAMPLE_CHARACTERS
-    for text, counted in piece.spans:
-        spans, left = [*spans, [text[:left], counted]] if left else spans, max(0, left - len(text))
-    return piece._asdict() | dict(text=piece.text[:SAMPLE_CHARACTERS], spans=spans, cut=not left)
+    def _cut(self, batch: Batch, piece: DecodedPiece) -> dict[str, Any]:
+        """A sample: its first characters, and small pictures of the images among them."""
+        spans, left = [], SAMPLE_CHARACTERS
+        for text, counted, slot in piece.spans:
+            shown = self._corpus.images if slot >= 0 else None
+            picture = small_picture(batch.tiles[piece.row, slot // shown.tokens], PICTURE) if shown else ""
+            spans, left = [*spans, [text[:left], counted, picture]] if left else spans, max(0, left - len(text))
+        return piece._asdict() | dict(text=piece.text[:SAMPLE_CHARACTERS], spans=spans, cut=not left)

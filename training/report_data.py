@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,10 @@ def _sample(sample: dict[str, Any]) -> str:
         f"{printable(sample['domain'])} {sample['document']} · {sample['tokens']:,} tokens{''.join(goes_on)}"
     )
     text = '<span class="edge">bos</span> ' * sample["begins"]
-    for span, counted in sample["spans"]:
+    for span, counted, *picture in sample["spans"]:
+        if picture and picture[0] and re.fullmatch(r"[A-Za-z0-9+/]+=*", picture[0]):
+            text += f'<img class="seen" alt="image" src="data:image/png;base64,{picture[0]}">'
+            continue
         words = html.escape(printable(span))
         text += words if counted else f'<span class="read">{words}</span>'
     text += " …" if sample["cut"] else ' <span class="edge">eos</span>' * sample["ends"]

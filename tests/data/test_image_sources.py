@@ -21,6 +21,8 @@ from data import sources
 from data.batch import ImageShape
 from data.config import DataConfig
 from data.content import MARK, Illustrated, illustrated, tokenise
+from data.contents import pieces
+from data.images import small_picture
 from data.loader import Corpus
 from data.packing import Document, Piece, build_batch, cut, pack, span_from, spill, tiles_of
 from data.sources import open_sources
@@ -195,6 +197,21 @@ def test_a_batch_has_every_token_of_every_tile(tokenizer):
         assert batch.loss_mask[(batch.segment_ids > 0) & ~special].sum() > 0
         rows = pack(gone, 32, 32)
     assert seen == sum(n % 5 for n in range(12)) * SHAPE.tokens
+
+
+def test_what_a_batch_shows_of_images(tokenizer):
+    """Each stands in its place between the words, and its slot is of its own tile."""
+    documents = {(0, 0): document(0, 3, tokenizer), (0, 1): document(1, 2, tokenizer)}
+    rows = pack([span for key, d in documents.items() for span in cut(key, d, 128, SHAPE)], 128, 128)
+    batch = build_batch([(row, documents) for row in rows], 128, tokenizer.pad_id, SHAPE)
+    shown = list(pieces(batch, tokenizer, ("pictures",)))
+    assert sorted(sum(span.slot >= 0 for span in piece.spans) for piece in shown) == [2, 3]
+    for piece in shown:
+        assert "".join(span.text for span in piece.spans) == f"w {MARK}" * (3 - piece.document)
+        found = [batch.tiles[piece.row, s.slot // SHAPE.tokens, 0, 0, 0] for s in piece.spans if s.slot >= 0]
+        assert found == [10 * piece.document + i for i in range(len(found))]
+        picture_of = base64.b64decode(small_picture(batch.tiles[piece.row, 0], 8))
+        assert Image.open(io.BytesIO(picture_of)).size == (8, 8)
 
 
 def test_documents_are_cut_where_tiles_have_no_room(tokenizer):

@@ -45,7 +45,7 @@ def test_the_stream_is_left_as_it_is_and_counted(tmp_path, monkeypatch):
     )
     assert sum(d["tokens"] for d in facts["mixture"].values()) == facts["tokens"]
     for sample in facts["samples"]:
-        assert sum(len(text) for text, _ in sample["spans"]) <= first_batches.SAMPLE_CHARACTERS
+        assert sum(len(text) for text, *_ in sample["spans"]) <= first_batches.SAMPLE_CHARACTERS
         assert sample["counted"] == sample["tokens"] - sample["ends"], "a document's last token has no label"
     seen.close()
     assert json.loads((tmp_path / "data.json").read_text()) == facts
