@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class Child:
         """`work(say)` returns the exit status; `say` sends a line."""
         mine, theirs = os.pipe()
         self.log, self.status, self._text = log, None, ""
+        self.said: list[str] = []
         sys.stdout.flush()
         self.pid = os.fork()
         if not self.pid:
@@ -89,11 +91,12 @@ class Child:
         self._lines = mine
 
     def until(self, pattern: str, timeout: float = 600) -> re.Match[str] | None:
-        """The next line that begins like this; None where the process ends before."""
+        """The next line that begins like this; None where the process ends before. `said` has all that came."""
         stop = time.monotonic() + timeout
         while time.monotonic() < stop:
             while "\n" in self._text:
                 line, _, self._text = self._text.partition("\n")
+                self.said.append(line)
                 if found := re.match(pattern, line):
                     return found
             if select.select([self._lines], [], [], 0.2)[0]:
@@ -102,6 +105,10 @@ class Child:
                     return None
                 self._text += received
         raise TimeoutError(f"no {pattern} from {self.log}")
+
+    def numbers(self, word: str) -> list[int]:
+        """Those of all lines `WORD NUMBER`, of a process that has ended."""
+        return [int(line.split()[1]) for line in self.said if line.startswith(f"{word} ")]
 
     def kill(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -113,6 +120,7 @@ class Child:
         while self.status is None:
             pid, how = os.waitpid(self.pid, os.WNOHANG)
             if pid:
+                self.until("(?!)")  # what it said last
                 self.status = os.waitstatus_to_exitcode(how)
                 os.close(self._lines)
             elif time.monotonic() > stop:
@@ -166,7 +174,7 @@ def train(
 
 
 def announce(say: Callable[[str], None]) -> None:
-    """Lines `step N`, `evaluation N`, `save N`, `sealed N`, `compile` from now on."""
+    """Lines `step N`, `evaluation`, `save N`, `sealing N`, `sealed N`, `compile`, `rows DIGEST` from now on."""
 
     def before(owner: Any, name: str, text: Callable[..., str], after: Callable[..., str] | None = None) -> None:
         real = getattr(owner, name)
@@ -185,6 +193,7 @@ def announce(say: Callable[[str], None]) -> None:
     before(Checkpoints, "save", lambda _, at, *__: f"save {at}")
     before(Checkpoints, "_seal", lambda _, at: f"sealing {at}", lambda _, at: f"sealed {at}")
     before(Stop, "nothing_to_save", lambda _: "compile")
+    before(loop, "put_local", lambda rows, _: f"rows {sha256(rows.tokens.tobytes()).hexdigest()}")
 
 
 def _mark(marked: Marks, cfg: RunConfig, corpus: Corpus) -> None:
