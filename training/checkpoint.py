@@ -47,6 +47,10 @@ class Damaged(ValueError):
     """A checkpoint whose files are not what was written."""
 
 
+class NotDeleted(OSError):
+    """An old checkpoint that should make room."""
+
+
 class Checkpoints:
     """The checkpoints of a run's folder. Closing waits for the last save; a failed save raises there or at the next.
 
@@ -54,9 +58,11 @@ class Checkpoints:
     else is written. Whatever reads one compares every file with it first; `newest_good` falls back to one before.
     """
 
-    def __init__(self, folder: str | epath.Path, keep: int | None = None, keep_every: int = 0):
+    def __init__(self, folder: str | epath.Path, keep: int | None = None, keep_every: int = 0,
+                 may_write: Callable[[], object] = lambda: None):  # fmt: skip
         """`keep`: how many of the newest to keep; None opens the folder for reading only. Of older ones those of steps
-        that are multiples of `keep_every` stay, too."""
+        that are multiples of `keep_every` stay, too. `may_write` raises where another process writes here by now."""
+        self._may_write = may_write
         self.folder, self._keep, self._keep_every = epath.Path(folder) / "checkpoints", keep, keep_every
         if keep is None and not self.folder.exists():
             raise FileNotFoundError(f"no checkpoints in {folder}: {self.folder} does not exist")
@@ -123,7 +129,7 @@ class Checkpoints:
     def check_good(self, step: int) -> None:
         """`Damaged`, naming the file, if the checkpoint is not what was written; looked at once."""
         if step not in self._verified and (found := self.problems(step)):
-            raise Damaged(f"checkpoint {self.path(step)} is damaged: {found[0]}{self._others(step)}")
+            raise self._damaged(step, found)
 
     def newest_good(self, say: Callable[[str], object]) -> int | None:
         """Step of the newest checkpoint that is what was written. Damaged ones before it are set aside, and what a
@@ -167,6 +173,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, position: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Start to write a checkpoint; returns once the arrays are copied off the devices. OSError if one failed."""
         self.wait()
+        self._may_write()
         self._saving = step
         named = named_leaves(state)
         items = ocp.args.Composite(
@@ -190,17 +197,28 @@ class Checkpoints:
     def _seal(self, step: int) -> None:
         """Once Orbax is done, the manifest; then checkpoints that are not kept go, the manifest before the rest."""
         self._orbax.wait_until_finished()
+        self._may_write()
         manifest.write(self.path(step), jax.process_index(), jax.process_count())
         if jax.process_index() > 0 or self._keep is None:
             return
         for old in self.steps[: -self._keep]:
             if not (self._keep_every and old % self._keep_every == 0):
-                # A store may do it and lose the answer: then there is nothing left to do.
-                manifest.persist(partial((self.path(old) / manifest.FILE).unlink, missing_ok=True))
-                manifest.persist(partial(self.path(old).rmtree, missing_ok=True))
+                self._delete(old, step)
+
+    def _delete(self, old: int, new: int) -> None:
+        # A store may do it and lose the answer: then there is nothing left to do.
+        try:
+            manifest.persist(partial((self.path(old) / manifest.FILE).unlink, missing_ok=True))
+            manifest.persist(partial(self.path(old).rmtree, missing_ok=True))
+        except OSError as error:
+            raise NotDeleted(
+                f"the checkpoint of step {new} was written, but {self.path(old)}, which is to make room for it, could "
+                f"not be deleted: {error.strerror or error}"
+            ) from error
 
     def check(self) -> None:
-        """OSError if a save has failed in the background; returns at once."""
+        """OSError if a save has failed in the background, or another process writes here; returns at once."""
+        self._may_write()
         if self._sealing and self._sealing.done():
             self.wait()
 
@@ -210,6 +228,8 @@ class Checkpoints:
         try:
             if sealing:
                 sealing.result()
+        except NotDeleted:
+            raise
         except Exception as error:
             raise self._failure(error) from error
 
@@ -226,15 +246,20 @@ class Checkpoints:
             found += [f for f in numbered if not any((f / mark).exists() for mark in marks)]
         return found
 
-    def _others(self, step: int) -> str:
+    def _damaged(self, step: int, found: list[str]) -> Damaged:
         others = [s for s in self.steps if s != step]
-        return f"; other checkpoints: {', '.join(map(str, others))}" if others else "; there is no other"
+        rest = f"other checkpoints: {', '.join(map(str, others))}" if others else "there is no other"
+        return Damaged(f"checkpoint {self.path(step)} is damaged: {found[0]}; {rest}")
 
     # --- Reading
 
     def record(self, step: int) -> dict[str, Any]:
         """What `training.record.run_record` returned when the checkpoint was written."""
         return self._json(step, "run")
+
+    def config(self, step: int) -> RunConfig:
+        """That with which the checkpoint was written."""
+        return config_from_json(self.record(step)["config"])
 
     def place(self, step: int) -> dict[str, Any]:
         """The position in the data, of the lanes of all processes (`data.loader.merged`), and the tokens seen."""
@@ -262,6 +287,12 @@ class Checkpoints:
         ]  # fmt: skip
         return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_variable), leaves)
 
+    def restore_some(self, step: int, like: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The arrays of these names, as the abstract ones are shaped and placed, of whatever else there is beside."""
+        stored = {name: of for name, of in self.shapes(step).items() if name in like}
+        _check_leaves(like, stored, f"{self.folder}/{step}", self.place(step) == WEIGHTS_ALONE)
+        return self.arrays(step, like)
+
     def shapes(self, step: int) -> dict[str, Any]:
         """What the checkpoint holds, by name: objects with `shape` and `dtype`."""
         self.check_good(self.find(step))
@@ -279,7 +310,9 @@ class Checkpoints:
         return self._orbax.restore(_absolute(self.path(step)), args=ocp.args.Composite(state=restore))["state"]
 
     def _json(self, step: int, item: str) -> dict[str, Any]:
-        self.check_good(self.find(step))
+        """Of the terabytes beside it nothing is read."""
+        if self.find(step) not in self._verified and (found := manifest.problems(self.path(step), within=item)):
+            raise self._damaged(step, found)
         args: Any = {item: ocp.args.JsonRestore()}
         return self._orbax.restore(_absolute(self.path(step)), args=ocp.args.Composite(**args))[item]
 
@@ -343,7 +376,7 @@ def whole_place(place: Mapping[str, Any]) -> dict[str, Any]:
 def load_config(folder: str | epath.Path, step: int | None = None) -> RunConfig:
     """The config with which a run's checkpoint, the newest by default, was written."""
     with Checkpoints(folder) as checkpoints:
-        return config_from_json(checkpoints.record(checkpoints.find(step))["config"])
+        return checkpoints.config(checkpoints.find(step))
 
 
 # --- Weights alone, for inference, evaluation and export
@@ -367,7 +400,7 @@ def restore_params(
     """
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.find(step)
-        cfg = config_from_json(checkpoints.record(step)["config"])
+        cfg = checkpoints.config(step)
         name = which_learner(cfg, learner, folder)
         like = abstract_params(cfg, name, mesh)
         return Weights(cfg, name, step, checkpoints.restore_tree(step, like, f"learners.{name}.params."))

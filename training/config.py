@@ -149,7 +149,8 @@ class Learner:
     distillation: Distillation = field(default_factory=Distillation)
     """Whom it learns from, beside the labels."""
     init: str = ""
-    """Where its weights come from: empty for random, hf:DIR for a Hugging Face folder, run:DIR for another run."""
+    """Where its weights come from: empty for random, hf:DIR for a Hugging Face folder, run:DIR for another run,
+    shared:DIR for what a run's model of another size has in common with this one, the rest being random."""
     microbatches: int = 1
     """Parts of a batch that each device runs one after the other, summing gradients (router's losses are of a part)."""
     router_balance: float = 0.01
@@ -189,8 +190,10 @@ class Learner:
     def __post_init__(self):
         _check(self.microbatches >= 1, f"microbatches must be at least 1, not {self.microbatches}")
         _check(self.router_bias_speed >= 0, f"router_bias_speed must be at least 0, not {self.router_bias_speed}")
-        _check(not self.init or self.init.startswith(("hf:", "run:")),
-               f"init must be empty, hf:DIR or run:DIR, not {self.init!r}")  # fmt: skip
+        _check(not self.init or self.init.startswith(("hf:", "run:", "shared:")),
+               f"init must be empty, hf:DIR, run:DIR or shared:DIR, not {self.init!r}")  # fmt: skip
+        _check(self.optimizer is not None or not self.init.startswith("shared:"),
+               f"init {self.init} leaves weights random, and this learner is frozen: take run:DIR")  # fmt: skip
         _check(not self.offload or self.remat != "none",
                "offload moves what is recomputed from, which remat none does not: use remat attention")  # fmt: skip
 

@@ -18,7 +18,7 @@ from etils import epath
 from data import tokenizer
 from training.checkpoint import Checkpoints, named_leaves
 from training.config import RunConfig
-from training.record import changed, config_from_json, run_record
+from training.record import changed, config_from_json, run_record, with_defaults
 from training.state import init_state
 
 
@@ -63,7 +63,7 @@ def differences(cfg: RunConfig, record: Mapping[str, Any], tokens: str) -> list[
         )
     changes = {
         field: f"{was} -> {now}"
-        for field, (was, now) in changed(record["config"], run_record(cfg, tokens)["config"]).items()
+        for field, (was, now) in changed(with_defaults(record["config"]), run_record(cfg, tokens)["config"]).items()
         if field not in ("name", "out", "fork")
     }
     if _shapes(source) != _shapes(cfg):

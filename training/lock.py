@@ -47,6 +47,11 @@ class RunLock:
             raise trouble
         return self
 
+    def check(self) -> None:
+        """BlockingIOError where the lease ran out, in a pause of this process, and another one has taken it."""
+        if self._lease is not None:
+            self._lease.check()
+
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             os.close(self._file)
@@ -82,34 +87,57 @@ class RunLock:
 
 
 class Lease:
-    """Renewed by a thread three times in its time; whoever finds one that has run out takes it."""
+    """Renewed by a thread three times in its time; whoever finds one that has run out takes it.
+
+    A holder that was paused for longer than its lease does not write on: `check`, which is asked before anything is
+    written, takes it anew or says who has it.
+    """
 
     def __init__(self, folder: epath.Path):
-        self._file, self._id, self._done = folder / LEASE, uuid.uuid4().hex, threading.Event()
+        self._folder, self._file, self._id, self._until = folder, folder / LEASE, uuid.uuid4().hex, 0.0
+        self._done, self._one = threading.Event(), threading.Lock()
         self._keeper = threading.Thread(target=self._keep, daemon=True, name="lease")
-        held = self._read()
-        if held and held["until"] > time.time():
-            raise _held(folder, held["who"])
-        self._renew()
-        time.sleep(SETTLES)  # of two that began together the one that wrote last has it
-        held = self._read()
-        if not held or held["id"] != self._id:
-            raise _held(folder, held["who"] if held else "another process")
+        with self._one:
+            self._take()
         self._keeper.start()
+
+    def check(self) -> None:
+        """Reads nothing while the lease lasts; BlockingIOError, naming the holder, where it is another's."""
+        if time.time() < self._until:
+            return
+        with self._one:
+            if time.time() >= self._until:
+                self._take()
 
     def release(self) -> None:
         """Give it up; nothing writes it afterwards."""
         self._done.set()
         self._keeper.join()
-        self._file.unlink(missing_ok=True)
+        held = self._read()
+        if held and held["id"] == self._id:
+            self._file.unlink(missing_ok=True)
+
+    def _take(self) -> None:
+        held = self._read()
+        if held and held["id"] != self._id and held["until"] > time.time():
+            raise _held(self._folder, held["who"])
+        until = self._write()
+        time.sleep(SETTLES)  # of two that began together the one that wrote last has it
+        held = self._read()
+        if not held or held["id"] != self._id:
+            raise _held(self._folder, held["who"] if held else "another process")
+        self._until = until
 
     def _keep(self) -> None:
         while not self._done.wait(LASTS / 3):
-            with contextlib.suppress(OSError):  # a store's hiccup: there is time for another try or two
-                self._renew()
+            with self._one, contextlib.suppress(OSError):  # a store's hiccup: there is time for another try or two
+                if time.time() < self._until:  # else `check` finds out whose it is
+                    self._until = self._write()
 
-    def _renew(self) -> None:
-        self._file.write_text(json.dumps(dict(id=self._id, who=_who(), until=time.time() + LASTS)))
+    def _write(self) -> float:
+        until = time.time() + LASTS
+        self._file.write_text(json.dumps(dict(id=self._id, who=_who(), until=until)))
+        return until
 
     def _read(self) -> dict[str, Any] | None:
         try:

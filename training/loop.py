@@ -66,29 +66,28 @@ def train(
         dog = stack.enter_context(Watchdog(folder, cfg.safety.stuck_after))
 
         # --- The folder: how far the run got, and whether this is the same run
-        checkpoints, newest = _begun(stack, folder, cfg, say), None
-        if checkpoints:
-            newest = checkpoints.newest_good(say)
-        if checkpoints and newest is not None:
-            changes = check_resumable(checkpoints.record(newest), record, str(folder), newest)
-            owed = _owed(checkpoints, newest, folder)
-        else:
-            changes, owed = _check_sources(cfg, corpus), None
-        start, steps = _fork_step(cfg) if newest is None else newest, cfg.train.steps
-        if start >= steps and not owed:
-            done = f"{folder} is complete already: {start} steps of {steps}"
-            return _say(log, _summary(cfg, folder, start, None), done)
-
-        # --- The first stage: its mesh, the state on it, its data and compiled functions
-        console = stack.enter_context(closing(Console(cfg, start, log)))
-        corpora = _look_ahead(cfg, corpus, start, console.line)
+        checkpoints = _begun(stack, folder, cfg)
+        newest = checkpoints.newest_good(say) if checkpoints else None
         with _source(checkpoints if newest is not None else None, cfg) as source:
+            if checkpoints and newest is not None:
+                changes = check_resumable(checkpoints.record(newest), record, str(folder), newest)
+                owed = _owed(checkpoints, newest, folder)
+            else:
+                changes, owed = _check_sources(cfg, corpus, source), None
+            start, steps = _fork_step(cfg) if newest is None else newest, cfg.train.steps
+            if start >= steps and not owed:
+                done = f"{folder} is complete already: {start} steps of {steps}"
+                return _say(log, _summary(cfg, folder, start, None), done)
+
+            # --- The first stage: its mesh, the state on it, its data and compiled functions
+            console = stack.enter_context(closing(Console(cfg, start, log)))
+            corpora = _look_ahead(cfg, corpus, start, console.line)
             stage = _Stage(cfg, corpora[start], start, source, console.line)
         for line in _describe(stage, folder, newest, changes):
             console.line(line)
 
         # --- What is kept
-        checkpoints = checkpoints or _open(stack, folder, cfg)
+        checkpoints = checkpoints or _begin(stack, folder, cfg)
         writers = None
         if jax.process_index() == 0:
             write_config(folder, cfg)
@@ -152,7 +151,7 @@ class _Stage:
         if source:
             self.state, place = source.restore(start, abstract_state(self.cfg, self.mesh))
         else:
-            self.state = initial_state(self.cfg, self.mesh)
+            self.state = initial_state(self.cfg, self.mesh, say)
         self.pass_tokens = corpus.pass_tokens
         chunk = next(iter(cfg.learners.values())).model.chunk
         shape = (self.cfg.train.batch, self.cfg.train.seq_len, chunk)
@@ -163,7 +162,11 @@ class _Stage:
         here = elsewhere or place
         stream = corpus.train(*shape, self.cfg.train.seed, *row_share(self.mesh)[:2], here, crossing and not elsewhere)
         self.targets = open_targets(self.cfg, corpus.tokenizer.hash, say)
-        self.teachers = {source: of.identity.teacher for source, of in self.targets.items()}
+        self.teachers = {
+            name: self.targets[source].identity.teacher
+            for name, learner in self.cfg.learners.items()
+            if (source := learner.distillation.teacher) in self.targets
+        }
         if place and not forked:
             _check_teachers(place.get("teachers", {}), self.teachers)
         self.stream = read_ahead(stream, self.targets.values(), self.stop - start)
@@ -204,7 +207,8 @@ def _steps(run: _Run, stage: _Stage) -> int:
             return step
         for step in range(stage.start + 1, stage.stop + 1):
             first = step == stage.start + 1
-            dog.beat(step - 1, "making a step", compiles=first)
+            # The first is waited for in the second, by when other processes may still compile it.
+            dog.beat(step - 1, "making a step", compiles=step <= stage.start + 2)
             asked = time.perf_counter()
             rows = next(stage.stream)
             targets = {source: put_local(of.look_up(rows), stage.mesh) for source, of in stage.targets.items()}
@@ -214,9 +218,9 @@ def _steps(run: _Run, stage: _Stage) -> int:
             train_step = rechecked(stage.train_step) if again and step % again == 0 else stage.train_step
             with stop.nothing_to_save() if first else nullcontext():
                 stage.state, metrics = train_step(stage.state, batch, targets)
+            run.checkpoints.check()
             report.finish()
             report.begin(Pending(step, metrics, wait, rows, stage.stream.get_state()))
-            run.checkpoints.check()
             stopping, last = stop.requested(), step == stage.stop
             evaluating = last or step % train.eval_every == 0
             if evaluating or stopping or step % train.checkpoint_every == 0:
@@ -296,17 +300,16 @@ def _fork_step(cfg: RunConfig) -> int:
     return fork.parts(cfg.fork)[1] if cfg.fork else 0
 
 
-def _check_sources(cfg: RunConfig, corpus: Corpus) -> list[str]:
+def _check_sources(cfg: RunConfig, corpus: Corpus, source: Checkpoints | None) -> list[str]:
     """What a new run begins from is there, and means by a token id what this run means by it; lines of how it differs.
 
     A folder without a tokenizer that is ours to read (a checkpoint from elsewhere) is taken at its word.
     """
-    if cfg.fork:
-        run, step = fork.parts(cfg.fork)
+    if source:  # of a fork
+        step = _fork_step(cfg)
         if step >= cfg.train.steps:
             raise ValueError(f"{cfg.fork} is at or behind the end, train.steps = {cfg.train.steps}: give more steps")
-        with Checkpoints(run) as checkpoints:
-            return fork.differences(cfg, checkpoints.record(step), corpus.tokenizer.hash)
+        return fork.differences(cfg, source.record(step), corpus.tokenizer.hash)
     for name in cfg.learners:
         check_init(cfg, name, corpus.tokenizer.hash)
     return []
@@ -325,25 +328,46 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "llama4_jax", "xla"))
 
 
-def _begun(stack: ExitStack, folder: epath.Path, cfg: RunConfig, say: Callable[[str], object]) -> Checkpoints | None:
+def _begun(stack: ExitStack, folder: epath.Path, cfg: RunConfig) -> Checkpoints | None:
     """The checkpoints of a run that has any, which from here on no other process writes; else None."""
     begun = (folder / "checkpoints").exists()
     multihost_utils.sync_global_devices("every process has looked before one of them writes")
     return _open(stack, folder, cfg) if begun else None
 
 
+def _begin(stack: ExitStack, folder: epath.Path, cfg: RunConfig) -> Checkpoints:
+    """Those of a run that has none: its folder is made, and locked, only once nothing refuses the run.
+
+    BlockingIOError where a run that was started at the same time is there by then.
+    """
+    checkpoints = _open(stack, folder, cfg)
+    meanwhile = checkpoints.steps
+    multihost_utils.sync_global_devices("every process has looked before one of them writes")
+    if meanwhile:
+        raise BlockingIOError(f"while this run began, another one wrote {folder} up to step {meanwhile[-1]}: the same "
+                              "command goes on from there; for a run beside it give another --out")  # fmt: skip
+    return checkpoints
+
+
 def _open(stack: ExitStack, folder: epath.Path, cfg: RunConfig) -> Checkpoints:
-    stack.enter_context(RunLock(folder))
-    return stack.enter_context(Checkpoints(folder, cfg.train.checkpoint_keep, cfg.train.checkpoint_keep_every))
+    lock = stack.enter_context(RunLock(folder))
+    kept = cfg.train.checkpoint_keep, cfg.train.checkpoint_keep_every
+    return stack.enter_context(Checkpoints(folder, *kept, may_write=lock.check))
 
 
 def _check_teachers(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """ValueError where targets that a run learns from have become another teacher's."""
-    for (old, was), (new, is_) in zip(sorted(before.items()), sorted(now.items()), strict=False):
-        if was != is_:
+    """ValueError where a student's targets have become another teacher's. One that had none may begin to have some.
+
+    By student; checkpoints of before have the place of the targets in the student's stead (`targets:DIR`), which may
+    have been moved since: there any teacher that the run had will do.
+    """
+    of_places = {teacher for place, teacher in before.items() if ":" in place}
+    for student, teacher in now.items():
+        had = {before[student]} if student in before else of_places
+        if had and teacher not in had:
             raise ValueError(
-                f"the run has learned from the teacher {was} ({old}), but {new} holds targets of {is_}: give those it "
-                "had, or begin another run with --from"
+                f"{student} has learned from the teacher {', '.join(sorted(had))}, but now there are targets of "
+                f"{teacher}: give those it had, or begin another run with --from"
             )
 
 

@@ -67,14 +67,16 @@ def write(folder: epath.Path, process: int = 0, processes: int = 1) -> None:
         part.unlink()
 
 
-def problems(folder: epath.Path, process: int = 0, processes: int = 1) -> list[str]:
+def problems(folder: epath.Path, process: int = 0, processes: int = 1, within: str = "") -> list[str]:
     """What is wrong with the folder, a line each: no manifest or a damaged one, files missing, cut short, changed or
-    too many. Of several processes each looks at a share of the files."""
+    too many; of the folder `within` alone, if one is named. Of several processes each looks at a share of the files."""
     try:
         wanted = read(folder)
     except (FileNotFoundError, ValueError) as error:
         return [str(error)]
-    found = files(folder)
+    prefix = f"{within}/" if within else ""
+    wanted = {name: facts for name, facts in wanted.items() if name.startswith(prefix)}
+    found = {prefix + name: file for name, file in files(folder / within).items()} if (folder / within).exists() else {}
     extra = sorted(set(found) - set(wanted))
     out = [f"{extra[0]} is not in the manifest ({len(extra)} such files)"] if extra else []
 

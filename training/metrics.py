@@ -17,13 +17,13 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from training import goodput, profile
+from training import goodput, profile, status
 from training.chips import peak_flops
 from training.config import Learner, RunConfig
 from training.flops import step_per_token
 from training.redact import redact
 
-FILE = "metrics.jsonl"
+FILE = status.METRICS
 SINKS: list[Callable[[int, Mapping[str, float]], object]] = []
 """Who else gets the scalars of every record (`training/trackers.py`)."""
 
@@ -211,10 +211,8 @@ class Writers:
 
 
 def read(folder: epath.Path) -> list[dict[str, Any]]:
-    """The records of a run, in order; a last line that was cut off is left out. Empty where there are none."""
-    file = folder / FILE
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of a run, in order, as `status.records` finds them."""
+    return status.records(folder)
 
 
 class Console:

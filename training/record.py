@@ -28,7 +28,7 @@ def check_resumable(stored: Mapping[str, Any], current: Mapping[str, Any], where
     another run. A field that came after the checkpoint was written had its default there."""
     if stored["tokenizer"] != current["tokenizer"]:
         raise ValueError(f"{where} was trained with tokenizer {stored['tokenizer']}, not {current['tokenizer']}")
-    old = _with_defaults(RunConfig, stored["config"])
+    old = with_defaults(stored["config"])
     stages = [side["config"].get("stages", ()) for side in (stored, current)]
     begun = {str(i) for some in stages for i, stage in enumerate(some) if stage["after"] < done}
     changes = changed(old, current["config"])
@@ -67,8 +67,14 @@ def _free(field: str, begun: Container[str]) -> bool:
 
 
 def config_from_json(tree: Mapping[str, Any]) -> RunConfig:
-    """The RunConfig whose `dataclasses.asdict` is `tree`; ValueError naming an unknown or missing field."""
+    """The RunConfig whose `dataclasses.asdict` is `tree`; ValueError naming an unknown field, or a missing one that has
+    no default. A field that came after `tree` was written had its default there."""
     return _build(RunConfig, tree, "config")
+
+
+def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration, and the defaults of those fields that came after it was written."""
+    return _with_defaults(RunConfig, tree)
 
 
 def _with_defaults(kind: Any, value: Any) -> Any:
@@ -118,7 +124,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(value) - set(hints)):
         raise ValueError(f"{where}.{unknown[0]} is no field of {kind.__name__}")  # pyright: ignore
-    if missing := sorted(set(hints) - set(value)):
+    needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(needed - set(value)):
         raise ValueError(f"{where}.{missing[0]} is missing")
     return kind(**{key: _build(hints[key], sub, f"{where}.{key}") for key, sub in value.items()})  # pyright: ignore
 

@@ -1,9 +1,11 @@
-"""What a run begins with: weights from elsewhere, and the targets of teachers that are no learners of it."""
+"""What a run begins with: weights from elsewhere, all or some, and targets of teachers that are no learners of it."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from etils import epath
@@ -11,8 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from data import tokenizer
+from llama4_jax.axes import is_variable
 from llama4_jax.config import ModelConfig, Rope
-from training.checkpoint import abstract_params, load_config, restore_params
+from llama4_jax.text import abstract
+from training.checkpoint import Checkpoints, abstract_params, named_leaves
 from training.config import RunConfig
 from training.hf_import import load_hf
 from training.model_folder import read_config
@@ -21,13 +25,20 @@ from training.target_sources import TargetSource, open_source
 
 CONFIG = "config.json"
 """Of a run's folder, and of a Hugging Face folder."""
+SHARED = "shared:"
+"""A learner's `init` of a model of another size."""
 
 
-def initial_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
-    """Fresh optimizers; weights fresh from the seed, or from where a learner's `init` says: hf:DIR or run:DIR."""
+def initial_state(cfg: RunConfig, mesh: Mesh, say: Callable[[str], object] = print) -> TrainState:
+    """Fresh optimizers; weights fresh from the seed, or from where a learner's `init` says: hf:DIR, run:DIR, or some of
+    them from shared:DIR, about which `say` takes lines."""
     state = create_state(cfg, mesh)
     for name, learner in cfg.learners.items():
-        if learner.init:
+        if learner.init.startswith(SHARED):
+            state.learners[name] = state.learners[name]._replace(
+                params=_with_shared(cfg, name, mesh, state.learners[name].params, say)
+            )
+        elif learner.init:
             state.learners[name] = state.learners[name]._replace(params=nnx.State({}))  # freed before others are loaded
             state.learners[name] = state.learners[name]._replace(params=given_params(cfg, name, mesh)[0])
     return state
@@ -46,14 +57,91 @@ def given_params(cfg: RunConfig, name: str, mesh: Mesh) -> tuple[nnx.State, int]
         places = jax.tree.map(lambda x: x.sharding, like)
         return load_hf(source, shardings=places, router_bias=biased, vision=vision), 0
     if kind == "run":
-        theirs = load_config(source).learners
-        if name not in theirs and len(theirs) > 1:
-            raise ValueError(f"{name}'s init {learner.init} holds {', '.join(theirs)}, none of them called {name!r}")
-        same = name if name in theirs else None  # else it is their only one
-        _check_architecture(name, learner.init, learner.model, theirs[same or next(iter(theirs))].model)
-        weights = restore_params(source, same, mesh=mesh)
-        return weights.params, weights.step
+        with Checkpoints(source) as checkpoints:
+            step = checkpoints.find()
+            theirs = checkpoints.config(step)
+            same = _counterpart(theirs, name, learner.init)
+            _check_architecture(name, learner.init, learner.model, theirs.learners[same].model)
+            like = abstract_params(theirs, same, mesh)
+            return checkpoints.restore_tree(step, like, f"learners.{same}.params."), step
     raise AssertionError(learner.init)  # the configuration has checked it
+
+
+def _counterpart(theirs: RunConfig, name: str, init: str) -> str:
+    """The learner of that name in a run, or its only one."""
+    if name not in theirs.learners and len(theirs.learners) > 1:
+        raise ValueError(f"{name}'s init {init} holds {', '.join(theirs.learners)}, none of them called {name!r}")
+    return name if name in theirs.learners else next(iter(theirs.learners))
+
+
+# --- From a model of another size
+
+
+class Shared(NamedTuple):
+    """What a model can take from another one: names of its weights, as checkpoints have them without their prefix."""
+
+    taken: list[str]
+    fresh: dict[str, str]  # and why
+
+
+def shared_weights(ours: ModelConfig, theirs: ModelConfig) -> Shared:
+    """Weights with the same path and shape in both, in layers of the same kind: embedding, head and norms where the
+    width is one, attention where its heads are, experts where their number is, too; of stacked blocks all or none.
+
+    Layers that differ in kind (local or global, dense or MoE) are different functions of the same shapes.
+    """
+    have, want = (named_leaves(nnx.split(abstract(model))[1]) for model in (theirs, ours))
+    taken, fresh = [], {}
+    for name, x in want.items():
+        layer = re.match(r"blocks\.layers\.(\d+)\.", name)
+        kinds = [model.pattern[int(layer[1])] if layer and int(layer[1]) < model.period else None
+                 for model in (ours, theirs)]  # fmt: skip
+        shape, there = list(x.get_value().shape), list(have[name].get_value().shape) if name in have else None
+        if there is None:
+            fresh[name] = "not there"
+        elif kinds[0] != kinds[1]:
+            fresh[name] = "a layer of another kind"
+        elif shape != there:
+            fresh[name] = f"{there} there, {shape} here"
+        else:
+            taken.append(name)
+    return Shared(taken, fresh)
+
+
+def _with_shared(
+    cfg: RunConfig, name: str, mesh: Mesh, params: nnx.State, say: Callable[[str], object]
+) -> nnx.State:  # fmt: skip
+    """The fresh weights, with those of its `init` in their places."""
+    learner, source = cfg.learners[name], cfg.learners[name].init.partition(":")[2]
+    with Checkpoints(source) as checkpoints:
+        step = checkpoints.find()
+        theirs = checkpoints.config(step)
+        same = _counterpart(theirs, name, learner.init)
+        shared = shared_weights(learner.model, theirs.learners[same].model)
+        named = named_leaves(abstract_params(cfg, name, mesh))
+        like = {f"learners.{same}.params.{leaf}": named[leaf].get_value() for leaf in shared.taken}
+        arrays = checkpoints.restore_some(step, like)
+    say(f"{name} takes from {source}@{step}, {same}: {', '.join(shared.taken)}")
+    say(f"{name} begins anew: {', '.join(f'{leaf} ({why})' for leaf, why in shared.fresh.items()) or 'nothing'}")
+    leaves = [
+        leaf.replace(arrays.get(f"learners.{same}.params.{path}", leaf.get_value()))
+        for path, leaf in named_leaves(params).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_variable), leaves)
+
+
+def _check_shares(cfg: RunConfig, name: str) -> None:
+    init = cfg.learners[name].init
+    with Checkpoints(init.partition(":")[2]) as checkpoints:
+        theirs = checkpoints.config(checkpoints.find())
+    same = _counterpart(theirs, name, init)
+    shared = shared_weights(cfg.learners[name].model, theirs.learners[same].model)
+    if not shared.taken:
+        leaf, why = next(iter(shared.fresh.items()))
+        raise ValueError(f"{name}'s init is {init}, but {same} there shares no weight with it: {leaf} is {why}")
+
+
+# --- Before it begins
 
 
 def check_init(cfg: RunConfig, name: str, tokens: str) -> None:
@@ -61,11 +149,13 @@ def check_init(cfg: RunConfig, name: str, tokens: str) -> None:
     init = cfg.learners[name].init
     folder = epath.Path(init.partition(":")[2])
     if init and not (folder / CONFIG).exists():
-        hint = "; train it first" if init.startswith("run:") else ""
+        hint = "" if init.startswith("hf:") else "; train it first"
         raise FileNotFoundError(f"{name}'s init is {init}, but {folder / CONFIG} is missing{hint}")
     source = tokenizer.find(folder) if init else None
     if source and tokenizer.load(source).hash != tokens:
         raise ValueError(f"{name}'s {init} has another tokenizer than this run: give --data.tokenizer {source}")
+    if init.startswith(SHARED):
+        _check_shares(cfg, name)
 
 
 def _check_architecture(name: str, init: str, ours: ModelConfig, theirs: ModelConfig) -> None:

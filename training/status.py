@@ -19,6 +19,8 @@ STOPPED = "requeue.json"
 """What a run leaves that was told to stop: whoever reads it may start the run again."""
 UNDER_WAY = ("running", "silent")
 """States of a run whose page and heartbeats still change, or may."""
+METRICS = "metrics.jsonl"
+"""The run's records, a line for each."""
 HEARTBEATS = "heartbeats"
 """The folder in which every process says now and then what it does (`training/watchdog.py`)."""
 SILENT = 600.0
@@ -49,9 +51,9 @@ def read(folder: str | epath.Path) -> dict[str, Any]:
     place = epath.Path(folder)
     if not (place / "config.json").exists() and not (place / STARTS).exists() and not (place / REFUSED).exists():
         raise FileNotFoundError(f"no run in {folder}: it has neither a config.json nor a {STARTS}")
-    records = [one for one in lines(place / "metrics.jsonl") if isinstance(one.get("step"), int)]
+    told = records(place)
     config, starts = _json(place / "config.json"), lines(place / STARTS)
-    last = records[-1] if records else {}
+    last = told[-1] if told else {}
     saved = manifest.finished(place / "checkpoints")
     steps = (config.get("train") or {}).get("steps")
     found = dict(folder=str(folder), name=config.get("name"), step=last.get("step", 0), steps=steps, saved=saved,
@@ -92,19 +94,24 @@ def restart(found: Mapping[str, Any]) -> tuple[bool, str]:
 
 def _json(file: epath.Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text()) if file.exists() else {}
-    except ValueError:
+        value = json.loads(file.read_bytes()) if file.exists() else {}
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
+def records(folder: epath.Path) -> list[dict[str, Any]]:
+    """A run's records, in order; what is none, as a line that was cut off, is left out."""
+    return [one for one in lines(folder / METRICS) if type(one.get("step")) is int]
+
+
 def lines(file: epath.Path) -> list[dict[str, Any]]:
-    """Lines of JSON; one that was cut off is left out."""
+    """Lines of JSON objects; what is none, as a line that was cut off, is left out."""
     found = []
-    for line in file.read_text().splitlines() if file.exists() else ():
+    for line in file.read_bytes().split(b"\n") if file.exists() else ():
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         found += [value] if isinstance(value, dict) else []
     return found
