@@ -109,9 +109,10 @@ def find(name: str) -> RunConfig:
             raise FileNotFoundError(f"no run in {name}: {stored} is missing")
         return configs.find(name)
     from training.record import config_from_json
+    from training.safetensors_header import read_json
 
     try:
-        return dataclasses.replace(config_from_json(json.loads(stored.read_text())), out=name)
+        return dataclasses.replace(config_from_json(read_json(stored)), out=name)
     except ValueError as error:
         raise ValueError(f"{stored} is not a run's configuration: {error}") from error
 

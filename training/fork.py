@@ -7,7 +7,6 @@ for a learner among others, are what a learner's `init` takes.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from data import tokenizer
 from training.checkpoint import Checkpoints, named_leaves
 from training.config import RunConfig
 from training.record import changed, config_from_json, run_record, with_defaults
+from training.safetensors_header import read_json
 from training.state import init_state
 
 
@@ -34,8 +34,8 @@ def find(source: str, into: str = "", option: str = "--from") -> str:
     elif not step.isdecimal():
         raise ValueError(f"{option} takes RUN or RUN@STEP, a step being a whole number, not {source!r}")
     begun = epath.Path(into) / "config.json"
-    before = json.loads(begun.read_text()).get("fork", "") if into and begun.exists() else ""
-    if not step and before.rpartition("@")[0] == run:
+    before = read_json(begun).get("fork") if into and begun.exists() else ""
+    if not step and isinstance(before, str) and before.rpartition("@")[0] == run:
         return before
     if not (epath.Path(run) / "checkpoints").exists():
         raise FileNotFoundError(f"{option} {source}: no checkpoints in {run}{_nearest(epath.Path(run))}")

@@ -24,6 +24,8 @@ from jax.experimental import multihost_utils
 FILE, LEASE = ".lock", "lease.json"
 LASTS, SETTLES = 120.0, 2.0
 """Seconds: of a lease, and between writing one and believing it."""
+RENEWALS = 3
+"""Of a lease in its time."""
 
 
 class RunLock:
@@ -87,7 +89,7 @@ class RunLock:
 
 
 class Lease:
-    """Renewed by a thread three times in its time; whoever finds one that has run out takes it.
+    """Renewed by a thread some times in its time; whoever finds one that has run out takes it.
 
     A holder that was paused for longer than its lease does not write on: `check`, which is asked before anything is
     written, takes it anew or says who has it.
@@ -129,7 +131,7 @@ class Lease:
         self._until = until
 
     def _keep(self) -> None:
-        while not self._done.wait(LASTS / 3):
+        while not self._done.wait(LASTS / RENEWALS):
             with self._one, contextlib.suppress(OSError):  # a store's hiccup: there is time for another try or two
                 if time.time() < self._until:  # else `check` finds out whose it is
                     self._until = self._write()

@@ -103,7 +103,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict:
         _expect(value, Mapping, where)
-        return {key: _build(args[1], sub, f"{where}.{key}") for key, sub in value.items()}
+        return {key: _build(args[1], sub, f"{where}.{_plain(key)}") for key, sub in value.items()}
     if origin is tuple:
         _expect(value, (list, tuple), where)
         return tuple(_build(args[0], sub, f"{where}.{i}") for i, sub in enumerate(value))
@@ -123,11 +123,16 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     _expect(value, Mapping, where)
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(value) - set(hints)):
-        raise ValueError(f"{where}.{unknown[0]} is no field of {kind.__name__}")  # pyright: ignore
+        raise ValueError(f"{where}.{_plain(unknown[0])} is no field of {kind.__name__}")  # pyright: ignore
     needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(needed - set(value)):
         raise ValueError(f"{where}.{missing[0]} is missing")
     return kind(**{key: _build(hints[key], sub, f"{where}.{key}") for key, sub in value.items()})  # pyright: ignore
+
+
+def _plain(name: str) -> str:
+    """For a message, whatever a file holds as a name."""
+    return name if name.isascii() and name.isprintable() and name and len(name) < 60 else ascii(name)[:60]
 
 
 def _expect(value: Any, kind: Any, where: str) -> Any:

@@ -33,6 +33,8 @@ from etils import epath
 from data.batch import Batch
 from llama4_jax.kernels.vocab_loss.sparse import SparseTargets
 from training import target_record as record_format
+from training.manifest import digest
+from training.safetensors_header import read_json
 from training.target_record import KEY_BYTES, UNUSED, VERSION, Form
 
 SHARD_BYTES = 2**28
@@ -67,11 +69,14 @@ class Identity:
 
     @classmethod
     def from_json(cls, manifest: dict[str, Any], where: str) -> Identity:
-        """ValueError for another version of the format."""
+        """ValueError for another version of the format, and for what is none."""
         if manifest.get("version") != VERSION:
-            raise ValueError(f"{where} is of version {manifest.get('version')} of the format, not {VERSION}")
+            raise ValueError(f"{where} is of version {manifest.get('version')!r:.100} of the format, not {VERSION}")
+        own = dict(tokenizer=str, vocab_size=int, teacher=str, teacher_step=int, source=str)
+        for name, kind in (own | dict(kind=str, top=int, draws=int)).items():
+            if type(manifest.get(name)) is not kind:
+                raise ValueError(f"{where}: {name!r} must be {kind.__name__}, not {manifest.get(name)!r:.100}")
         form = Form(manifest["kind"], manifest["top"], manifest["draws"])
-        own = ("tokenizer", "vocab_size", "teacher", "teacher_step", "source")
         return cls(**{name: manifest[name] for name in own}, form=form)
 
 
@@ -165,10 +170,28 @@ class _Shard:
 
     def __init__(self, manifest: epath.Path, scratch: _Scratch):
         self.path, self._scratch = manifest, scratch
-        self.facts: dict[str, Any] = json.loads(manifest.read_text())
+        self.facts = read_json(manifest)
         self.identity = Identity.from_json(self.facts, str(manifest))
-        self._index = np.load(self._local(".npy"), mmap_mode="r")
+        if wrong := [n for n in ("pieces", "tokens", "bytes") if type(self.facts.get(n)) is not int]:
+            raise ValueError(f"{manifest}: {wrong[0]!r} must be int, not {self.facts.get(wrong[0])!r:.100}")
+        self._index = self._open_index()
         self._reader: Any = None
+
+    def _open_index(self) -> np.ndarray:
+        """ValueError names a file that is not what was written; FileNotFoundError one that is missing."""
+        file, pieces = self.path.with_suffix(".npy"), self.facts["pieces"]
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing; {self.path.name} stands for it")
+        local = epath.Path(self._local(".npy"))
+        if self.facts.get("index", digest(local)) != digest(local):  # shards of before do not say
+            raise ValueError(f"{file} is not what was written")
+        try:
+            index = np.load(local, mmap_mode="r")
+        except Exception as error:  # whatever numpy's parser of headers meets
+            raise ValueError(f"{file} is no index of targets: {type(error).__name__}") from None
+        if index.dtype != np.uint64 or index.shape != (3, pieces) or (index[2] >= pieces).any():
+            raise ValueError(f"{file} is no index of {pieces} pieces")
+        return index
 
     def find(self, halves: np.ndarray) -> np.ndarray:
         """Numbers of the records of these keys [P, 2], -1 where there is none."""
@@ -181,7 +204,12 @@ class _Shard:
     def read(self, records: list[int]) -> list[bytes]:
         """ValueError names the shard and the record that cannot be read."""
         if self._reader is None:
-            self._reader = ArrayRecordReader(self._local(".array_record"), _RANDOM, file_reader_buffer_size=2**15)
+            if not (file := self.path.with_suffix(".array_record")).exists():
+                raise FileNotFoundError(f"{file} is missing; {self.path.name} stands for it")
+            try:
+                self._reader = ArrayRecordReader(self._local(".array_record"), _RANDOM, file_reader_buffer_size=2**15)
+            except RuntimeError as error:
+                raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
         try:
             return self._reader.read(records)
         except Exception:
@@ -317,12 +345,13 @@ class Writer:
         order = np.lexsort((low, high))  # also the records' numbers, as keys lie in the order of records
         np.save(self._local(".npy"), np.stack([high[order], low[order], order.astype("<u8")]))
         counts = dict(pieces=len(order), tokens=self._tokens, bytes=self._bytes)
+        made = dict(index=digest(epath.Path(self._local(".npy"))))
         self.folder.mkdir(parents=True, exist_ok=True)
         for suffix in (".array_record", ".npy"):
             _copy(epath.Path(self._local(suffix)), self.folder / f"{self._name}{suffix}")
             os.remove(self._local(suffix))
         manifest = self.folder / f"{self._name}.json"
-        manifest.write_text(json.dumps(self.identity.to_json() | counts, indent=1) + "\n")
+        manifest.write_text(json.dumps(self.identity.to_json() | counts | made, indent=1) + "\n")
         self._shards.append(_Shard(manifest, self._scratch))
         self._next += 1
         self._file, self._records, self._tokens, self._bytes = None, {}, 0, 0

@@ -151,8 +151,12 @@ def test_config_comes_back_from_json(make_run):
     tree = run_record(make_run(), HASH)["config"]
     with pytest.raises(ValueError, match=r"config\.train\.stepz is no field of TrainConfig"):
         config_from_json(tree | {"train": tree["train"] | {"stepz": 1}})
-    with pytest.raises(ValueError, match=r"config\.train\.steps is missing"):
-        config_from_json(tree | {"train": {k: v for k, v in tree["train"].items() if k != "steps"}})
+    with pytest.raises(ValueError, match=r"config\.learners is missing"):
+        config_from_json({k: v for k, v in tree.items() if k != "learners"})
+    # A field that came after it was written had its default.
+    before = tree | {"train": {k: v for k, v in tree["train"].items() if k != "checkpoint_keep"}}
+    del before["safety"]
+    assert config_from_json(before) == make_run()
 
 
 def test_what_may_change_between_starts(make_run):

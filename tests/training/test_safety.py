@@ -242,22 +242,101 @@ def test_a_lease_runs_out(tmp_path, monkeypatch):
 def test_a_lease_outlives_a_hiccup(tmp_path, monkeypatch):
     """A renewal that fails does not end the renewing, and none comes after the release."""
     monkeypatch.setattr("training.lock.SETTLES", 0.0)
-    monkeypatch.setattr("training.lock.LASTS", 0.03)
-    real, calls, again = Lease._renew, [], threading.Event()
+    monkeypatch.setattr("training.lock.LASTS", 60.0)
+    monkeypatch.setattr("training.lock.RENEWALS", 6000)
+    real, calls, again = Lease._write, [], threading.Event()
 
-    def renew(self):
+    def write(self):
         calls.append(1)
         if len(calls) == 2:
             raise OSError(5, "a hiccup")
-        real(self)
         if len(calls) > 3:
             again.set()
+        return real(self)
 
-    monkeypatch.setattr(Lease, "_renew", renew)
+    monkeypatch.setattr(Lease, "_write", write)
     lease = Lease(epath.Path(tmp_path))
     assert again.wait(20)
     lease.release()
     assert not (tmp_path / "lease.json").exists() and not lease._keeper.is_alive()
+
+
+def test_a_lease_that_ran_out_in_a_pause_is_taken_anew_or_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.lock.SETTLES", 0.0)
+    folder, file = epath.Path(tmp_path), tmp_path / "lease.json"
+    lease = Lease(folder)
+    lease.check()
+    lease._until = 0.0  # paused; nobody came
+    lease.check()
+    assert lease._until > 0 and json.loads(file.read_text())["id"] == lease._id
+    lease._until = 0.0
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"until": 0.0}))
+    other = Lease(folder)
+    with pytest.raises(BlockingIOError, match="is being written by process"):
+        lease.check()
+    lease.release()
+    assert json.loads(file.read_text())["id"] == other._id  # it is theirs
+    other.release()
+    assert not file.exists()
+
+
+def test_a_run_whose_lease_was_taken_writes_nothing_more(make_run, corpus, monkeypatch):
+    """At the next step; the checkpoint under way then gets no manifest either."""
+    cfg, taken = make_run(checkpoint_every=2), []
+
+    def check(self):
+        if taken:
+            raise BlockingIOError("it is another's by now")
+
+    monkeypatch.setattr(RunLock, "check", check)
+    real = loop.Reporter.begin
+
+    def begin(self, pending):
+        if pending.step == 5:
+            taken.append(1)
+        real(self, pending)
+
+    monkeypatch.setattr(loop.Reporter, "begin", begin)
+    with pytest.raises(BlockingIOError, match="another's"):
+        train(cfg, corpus, lambda _: None)
+    assert max(r["step"] for r in story(cfg)) == 5
+    assert max(status.read(cfg.folder)["saved"]) == 4
+
+
+def test_of_two_starts_into_one_new_folder_the_second_leaves_the_first_ones_run(make_run, corpus, monkeypatch):
+    """It began before there was anything to go on with, and comes to the folder when there is."""
+    cfg = make_run()
+    real = loop._look_ahead
+
+    def meanwhile(*args):
+        monkeypatch.setattr(loop, "_look_ahead", real)
+        train(cfg, corpus, lambda _: None)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "_look_ahead", meanwhile)
+    with pytest.raises(BlockingIOError, match=r"while this run began, another one wrote .* up to step 8: the same "):
+        train(cfg, corpus, lambda _: None)
+    assert [r["step"] for r in story(cfg)] == list(range(1, 9))
+
+
+def test_records_that_are_none_are_left_out_by_all_readers(tmp_path):
+    lines = [b'{"step": 1}', b"\x00\xff", b'{"step": "2"}', b"[" * 100_000, b"3", b'{"step": 4}', b'{"step": 5']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "config.json").write_text("{}")
+    assert [r["step"] for r in read(epath.Path(tmp_path))] == [1, 4]
+    assert status.read(tmp_path)["step"] == 4
+
+
+def test_a_student_keeps_its_teacher():
+    """By student, or, in checkpoints of before, by the targets' place, which may have moved."""
+    check = loop._check_teachers
+    check({}, {"a": "1"})
+    check({"a": "1"}, {"a": "1", "b": "2"})
+    check({"a": "1", "b": "2"}, {"b": "2"})
+    check({"targets:x": "1", "targets:y": "2"}, {"b": "2", "a": "1"})
+    for before in ({"a": "1", "b": "2"}, {"targets:x": "1"}):
+        with pytest.raises(ValueError, match="a has learned from the teacher 1, but now there are targets of 2: give"):
+            check(before, {"a": "2"})
 
 
 STUCK = """
