@@ -18,7 +18,7 @@ TEST_STAMP := .venv/.installed-test$(subst $(space),,$(addprefix -,$(EXTRA_LIST)
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-launch test-slurm lint bench-cpu plans plan-accuracy experiment experiment-teacher chaos canary clean
+.PHONY: help demo test test-slow test-launch test-slurm lint bench-cpu plans plan-accuracy experiment experiment-teacher chaos fuzz canary clean
 
 help: ## show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ experiment-teacher: $(CORE_STAMP) ## train the teacher of the experiment, half a
 
 experiment: $(CORE_STAMP) ## distil in many ways over five seeds, with controls, and write docs/experiments.md
 	@$(BIN)/python -m tools.experiment
+
+fuzz: $(CORE_STAMP) ## damaged and made-up input for all that reads any, ten minutes, and write docs/reliability.md
+	@$(BIN)/python -m tools.fuzz --docs docs/reliability.md
 
 chaos: $(CORE_STAMP) ## break runs in every known way, under an hour on two quiet cores, and write docs/reliability.md
 	@$(BIN)/python -m tools.chaos --docs docs/reliability.md

@@ -154,6 +154,41 @@ def test_what_is_kept(make_run):
         assert checkpoints.steps == [4, 6, 7]
 
 
+def test_what_is_small_is_read_without_the_rest(three):
+    """Configuration and place are compared with their own digests; the arrays beside them are not looked at."""
+    folder = Path(three.folder) / "checkpoints" / "3"
+    victim = max((f for f in (folder / "state").rglob("*") if f.is_file()), key=os.path.getsize)
+    victim.write_bytes(b"")
+    with Checkpoints(three.folder) as checkpoints:
+        assert checkpoints.place(3) == {"row": 3} and checkpoints.config(3) == three
+        with pytest.raises(Damaged, match=r"3 is damaged: state/.* has 0 bytes of \d+"):
+            checkpoints.shapes(3)
+    victim = folder / "data" / "metadata"
+    victim.write_text(victim.read_text().replace("3", "4"))
+    with Checkpoints(three.folder) as checkpoints:
+        assert checkpoints.config(3) == three
+        with pytest.raises(Damaged, match="3 is damaged: data/metadata is not what was written; other .*: 1, 2"):
+            checkpoints.place(3)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_what_is_spoken_of(three, monkeypatch):
+    """The new one is there."""
+    real = manifest.persist
+
+    def fails(do, *how):
+        if getattr(do, "func", None) and do.func.__name__ == "rmtree":
+            raise PermissionError(13, "Permission denied")
+        return real(do, *how)
+
+    state = create_state(three, make_mesh(three.mesh, jax.devices()[:1]))
+    with Checkpoints(three.folder, keep=3) as checkpoints:
+        monkeypatch.setattr(manifest, "persist", fails)
+        checkpoints.save(4, state, {}, run_record(three, HASH))
+        with pytest.raises(OSError, match=r"step 4 was written, but .*points/1, .* not be deleted: Permission"):
+            checkpoints.wait()
+        assert checkpoints.latest == 4
+
+
 def test_a_save_that_failed_is_never_restored_and_the_next_one_works(three, monkeypatch):
     """The manifest cannot be written once: the error surfaces, the step does not count, later saves do."""
     real = manifest.write
