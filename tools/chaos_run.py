@@ -174,7 +174,7 @@ def train(
 
 
 def announce(say: Callable[[str], None]) -> None:
-    """Lines `step N`, `evaluation`, `save N`, `sealing N`, `sealed N`, `compile`, `rows DIGEST` from now on."""
+    """Lines `step N`, `evaluation`, `save N`, `sealing N`, `sealed N`, `compile`, `told`, `rows DIGEST`."""
 
     def before(owner: Any, name: str, text: Callable[..., str], after: Callable[..., str] | None = None) -> None:
         real = getattr(owner, name)
@@ -193,6 +193,7 @@ def announce(say: Callable[[str], None]) -> None:
     before(Checkpoints, "save", lambda _, at, *__: f"save {at}")
     before(Checkpoints, "_seal", lambda _, at: f"sealing {at}", lambda _, at: f"sealed {at}")
     before(Stop, "nothing_to_save", lambda _: "compile")
+    before(Stop, "_receive", lambda *_: "told")
     before(loop, "put_local", lambda rows, _: f"rows {sha256(rows.tokens.tobytes()).hexdigest()}")
 
 

@@ -113,8 +113,8 @@ def kill(chaos: Chaos) -> Iterator[Row]:
     """SIGKILL at random instants, every second one inside a save; runs are killed again and again until they end."""
     wanted, kills, inside, again, lost, same, done = chaos.times(50), 0, 0, 0, 0, 0, 0
     while kills < wanted:
-        cfg, done, status = config(chaos.folder / f"kill{done}"), done + 1, 1
-        while kills < wanted and status:
+        cfg, done, status = config(chaos.folder / f"kill{done}"), done + 1, -signal.SIGKILL
+        while kills < wanted and status == -signal.SIGKILL:
             child, before = chaos.start(cfg), newest(cfg) or 0
             at = min((before // EVERY + chaos.rng.randint(1, 2)) * EVERY, STEPS)
             if 2 * inside <= kills:
@@ -157,15 +157,16 @@ def _term(chaos: Chaos, phase: str) -> Row:
             at = begun + chaos.rng.randint(1, 4) if phase == "step" else (begun // EVERY + 1) * EVERY
             hit = child.until(f"{phase} {min(at, STEPS)}$")
         time.sleep(chaos.rng.random() * (chaos.save_seconds if phase == "save" else 0.02))
-        since, steps = time.monotonic(), len([line for line in child.said if line.startswith("step ")])
+        since = time.monotonic()
         child.kill(signal.SIGTERM)
         status, kept = child.wait(), newest(cfg) or 0
         if hit and (status == 75 or kept == STEPS):
             told += 1
             slowest = max(slowest, time.monotonic() - since)
-            more = len(child.numbers("step")) - steps  # begun after the signal, but for what was on its way
-            committed = kept == max([begun, *child.numbers("step")]) and more <= 2
-            held += committed and (status == 0 or (Path(cfg.folder) / "requeue.json").exists())
+            after = child.said[child.said.index("told") :] if "told" in child.said else []
+            committed = kept == max([begun, *child.numbers("step")]) and sum(x.startswith("step ") for x in after) <= 1
+            marked = status == 75 and (Path(cfg.folder) / "requeue.json").exists()
+            held += committed and (marked or kept == STEPS)
         elif status:
             return Row(f"SIGTERM in {phase}", times, 0, f"status {status}: {child.output()[-160:]}")
         if kept == STEPS and told < times:  # again from the start

@@ -167,7 +167,7 @@ def test_what_is_small_is_read_without_the_rest(three):
     victim.write_text(victim.read_text().replace("3", "4"))
     with Checkpoints(three.folder) as checkpoints:
         assert checkpoints.config(3) == three
-        with pytest.raises(Damaged, match="3 is damaged: data/metadata is not what was written; other .*: 1, 2"):
+        with pytest.raises(Damaged, match=r"3 is damaged: data/metadata is not what was written; other .*: 1, 2"):
             checkpoints.place(3)
 
 
