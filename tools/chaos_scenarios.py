@@ -291,12 +291,12 @@ def _zero(file: Path, rng: random.Random) -> None:
 
 def disk(chaos: Chaos) -> Iterator[Row]:
     """A small disk that fills up, and one that becomes read-only; both need the right to mount."""
-    for name, size in (("full", "3m"), ("read-only", "60m")):
+    one = sum(-(-file.stat().length // 4096) for file in manifest.files(checkpoint(chaos.whole, STEPS)).values()) * 4
+    for name, size in (("full", one * 5 // 2), ("read-only", 60_000)):  # room for two and a half, or for all
         place = chaos.folder / f"disk-{name}"
         place.mkdir()
-        if subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True
-        ).returncode:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", place]
+        if subprocess.run(mount, capture_output=True).returncode:
             yield Row(f"disk {name}", 0, 0, "not run: no right to mount")
             continue
         try:
