@@ -16,7 +16,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.chaos_scenarios import SCENARIOS, Chaos, Row
+from tools.chaos_run import Chaos, Row
+from tools.chaos_scenarios import SCENARIOS
 
 MARK = "<!-- chaos: results -->"
 HEAD = ["| `--only` | what was done | times | held | | on |", "|---|---|---|---|---|---|"]

@@ -1,14 +1,17 @@
-"""What `tools.chaos` breaks: a tiny run in a process of its own that says what it is doing, forked from a warm one."""
+"""What `tools.chaos` breaks: tiny runs in processes of their own that say what they do, forked from a warm one."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import random
 import re
 import select
+import shutil
 import signal
+import struct
 import sys
 import time
 import traceback
@@ -17,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -34,6 +37,7 @@ WORDS = ["a", "of", "the", "run", "step", "loss", "model", "layer", "token", "ex
 Marks = dict[str, list[range]]
 CLOCK = {"time", "tokens_per_second", "seconds_per_step", "data_wait", "tflops"}
 STEPS, EVERY, EVALUATES = 40, 5, 8
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "chaos"
 MARKS = {"nan": 99, "spike": 98}  # segment ids that stand for trouble with a batch
 
 
@@ -157,12 +161,16 @@ def _become(work: Callable[[Callable[[str], None]], int], log: Path, pipe: int, 
 
 
 def train(
-    cfg: RunConfig, corpus: Corpus, say: Callable[[str], None], marked: dict[str, list[range]] | None = None
-) -> int:
-    """Train as `llama4 train` does, with lines about each phase; `marked` says which batches mean trouble."""
+    cfg: RunConfig, corpus: Corpus, say: Callable[[str], None], marked: dict[str, list[range]] | None = None,
+    mortal: bool = False,
+) -> int:  # fmt: skip
+    """Train as `llama4 train` does, with lines about each phase; `marked` says which batches mean trouble, `mortal`
+    that permissions hold for root, too."""
     from launch.train import status
 
     announce(say)
+    if mortal:  # capset(2): no capabilities
+        assert not ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "no way to give up rights"
     if marked:
         _mark(marked, cfg, corpus)
     try:
@@ -228,3 +236,82 @@ def _mark(marked: Marks, cfg: RunConfig, corpus: Corpus) -> None:
         return troubled
 
     loop.put_local, step.gradient = put, gradient
+
+
+# --- What scenarios share
+
+
+class Row(NamedTuple):
+    """A line of the table: what was done how often, and how often nothing was lost."""
+
+    scenario: str
+    injected: int
+    held: int
+    note: str = ""
+
+
+class Chaos:
+    """What scenarios share: a folder, a corpus, an unbroken run, dice."""
+
+    def __init__(self, folder: Path, seed: int, share: float):
+        self.folder, self.share, self.rng, self._children = folder, share, random.Random(seed), list[Child]()
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        self.corpus: Corpus = open_corpus(folder)
+        self.whole = config(folder / "whole")
+        child = self.start(self.whole)
+        child.until(f"save {2 * EVERY}$")
+        began = time.monotonic()
+        child.until(f"sealed {2 * EVERY}$")
+        self.save_seconds = time.monotonic() - began
+        assert child.wait() == 0, f"the unbroken run failed, see {child.log}"
+
+    def times(self, full: int) -> int:
+        """How often to do what is done so often in full."""
+        return max(1, round(full * self.share))
+
+    def start(self, cfg: RunConfig, devices: int = 1, **how: Any) -> Child:
+        """A run in a process of its own."""
+        return self.fork(lambda say: train(cfg, self.corpus, say, **how), devices)
+
+    def fork(self, work: Callable[[Callable[[str], None]], int], devices: int = 1) -> Child:
+        self._children.append(Child(work, self.folder / f"{len(self._children)}.log", devices))
+        return self._children[-1]
+
+    def clear(self) -> None:
+        """End what a scenario that failed left running, and make room."""
+        for child in self._children:
+            if child.status is None:
+                child.kill(signal.SIGKILL)
+                child.wait()
+        for left in self.folder.iterdir():
+            if left.is_dir() and left.name not in ("whole", "cache"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def differences(self, cfg: RunConfig) -> list[str]:
+        """Of a finished run from the unbroken one: records, and the last checkpoint's arrays and place, bit by bit."""
+        out = [] if story(Path(cfg.folder)) == story(Path(self.whole.folder)) else ["the records differ"]
+
+        def compare(say: Callable[[str], None]) -> int:
+            from training.compare import differences
+
+            found = differences(*((c.folder, c.train.steps) for c in (self.whole, cfg)))
+            wrong = [*found["data"], *found["shapes"], *found["arrays"]]
+            wrong += [line for line in found["config"] if not line.startswith("config.out:")]
+            say(json.dumps(wrong))
+            return 0
+
+        out += json.loads(self.answer(compare) or '["the comparison failed"]')
+        if out:
+            print(f"     {cfg.folder}: {'; '.join(out[:5])}", flush=True)
+        return out
+
+    def answer(self, work: Callable[[Callable[[str], None]], int], devices: int = 1, timeout: float = 600) -> str:
+        """The last line that a process of its own says; empty where it fails."""
+        child = self.fork(work, devices)
+        return child.said[-1] if child.wait(timeout) == 0 and child.said else ""
+
+    def finish(self, cfg: RunConfig, **how: Any) -> int:
+        return self.start(cfg, **how).wait()

@@ -15,98 +15,17 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
-from data.loader import Corpus
 from tools import chaos_run as runs
-from tools.chaos_run import EVERY, STEPS, Child, config, story
+from tools.chaos_run import EVERY, STEPS, Chaos, Child, Row, config, story
 from training import manifest
 from training.config import MeshConfig, RunConfig
 
 BOUND = 15
 """Seconds that safety.stuck_after gives in scenarios with stuck processes."""
-CACHE = Path(__file__).resolve().parent.parent / ".cache" / "chaos"
-
-
-class Row(NamedTuple):
-    """A line of the table: what was done how often, and how often nothing was lost."""
-
-    scenario: str
-    injected: int
-    held: int
-    note: str = ""
-
-
-class Chaos:
-    """What scenarios share: a folder, a corpus, an unbroken run, dice."""
-
-    def __init__(self, folder: Path, seed: int, share: float):
-        self.folder, self.share, self.rng, self._children = folder, share, random.Random(seed), list[Child]()
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-        self.corpus: Corpus = runs.open_corpus(folder)
-        self.whole = config(folder / "whole")
-        child = self.start(self.whole)
-        child.until(f"save {2 * EVERY}$")
-        began = time.monotonic()
-        child.until(f"sealed {2 * EVERY}$")
-        self.save_seconds = time.monotonic() - began
-        assert child.wait() == 0, f"the unbroken run failed, see {child.log}"
-
-    def times(self, full: int) -> int:
-        """How often to do what is done so often in full."""
-        return max(1, round(full * self.share))
-
-    def start(self, cfg: RunConfig, devices: int = 1, **how: Any) -> Child:
-        """A run in a process of its own."""
-        return self.fork(lambda say: runs.train(cfg, self.corpus, say, **how), devices)
-
-    def fork(self, work: Callable[[Callable[[str], None]], int], devices: int = 1) -> Child:
-        self._children.append(Child(work, self.folder / f"{len(self._children)}.log", devices))
-        return self._children[-1]
-
-    def clear(self) -> None:
-        """End what a scenario that failed left running, and make room."""
-        for child in self._children:
-            if child.status is None:
-                child.kill(signal.SIGKILL)
-                child.wait()
-        for left in self.folder.iterdir():
-            if left.is_dir() and left.name not in ("whole", "cache"):
-                shutil.rmtree(left, ignore_errors=True)
-
-    def differences(self, cfg: RunConfig) -> list[str]:
-        """Of a finished run from the unbroken one: records, and the last checkpoint's arrays and place, bit by bit."""
-        out = [] if story(Path(cfg.folder)) == story(Path(self.whole.folder)) else ["the records differ"]
-
-        def compare(say: Callable[[str], None]) -> int:
-            from training.compare import differences
-
-            found = differences(*((c.folder, c.train.steps) for c in (self.whole, cfg)))
-            wrong = [*found["data"], *found["shapes"], *found["arrays"]]
-            wrong += [line for line in found["config"] if not line.startswith("config.out:")]
-            say(json.dumps(wrong))
-            return 0
-
-        out += json.loads(self.answer(compare) or '["the comparison failed"]')
-        if out:
-            print(f"     {cfg.folder}: {'; '.join(out[:5])}", flush=True)
-        return out
-
-    def answer(self, work: Callable[[Callable[[str], None]], int], devices: int = 1, timeout: float = 600) -> str:
-        """The last line that a process of its own says; empty where it fails."""
-        child = self.fork(work, devices)
-        return child.said[-1] if child.wait(timeout) == 0 and child.said else ""
-
-    def finish(self, cfg: RunConfig, **how: Any) -> int:
-        return self.start(cfg, **how).wait()
-
-
-# --- Scenarios
 
 
 def kill(chaos: Chaos) -> Iterator[Row]:
@@ -290,31 +209,37 @@ def _zero(file: Path, rng: random.Random) -> None:
 
 
 def disk(chaos: Chaos) -> Iterator[Row]:
-    """A small disk that fills up, and one that becomes read-only; both need the right to mount."""
+    """A small disk that fills up, which needs the right to mount, and a folder that becomes read-only."""
     one = sum(-(-file.stat().length // 4096) for file in manifest.files(checkpoint(chaos.whole, STEPS)).values()) * 4
-    for name, size in (("full", one * 5 // 2), ("read-only", 60_000)):  # room for two and a half, or for all
-        place = chaos.folder / f"disk-{name}"
-        place.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", place]
-        if subprocess.run(mount, capture_output=True).returncode:
-            yield Row(f"disk {name}", 0, 0, "not run: no right to mount")
-            continue
+    place = chaos.folder / "disk-full"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={one * 5 // 2}k", "tmpfs", place]  # for two checkpoints and a half
+    if subprocess.run(mount, capture_output=True).returncode:
+        yield Row("disk full", 0, 0, "not run: no right to mount")
+    else:
         try:
-            cfg = config(place / "run")
-            child = chaos.start(cfg)
-            if name == "read-only":
-                child.until(rf"sealed {EVERY}$")
-                child.kill(signal.SIGSTOP)
-                subprocess.run(["mount", "-o", "remount,ro", place], check=True)
-                child.kill(signal.SIGCONT)
-            status, error = child.wait(), child.output().splitlines()[-1:]
-            kept, more = newest(cfg), max(child.numbers("step"), default=0) - max(child.numbers("save"), default=0)
-            valid = kept is not None and not manifest.problems(checkpoint(cfg, kept))
-            held = status == 1 and valid and more < EVERY and "Error" in " ".join(error)
-            yield Row(f"disk {name}", 1, int(held), f"kept step {kept}; ended {more} steps after the save that failed "
-                      f"was begun: {' '.join(error).replace(str(place), '')[:160]}")  # fmt: skip
+            child = chaos.start(cfg := config(place / "run"))
+            child.wait()
+            yield _ended_by_disk("disk full", cfg, child)
         finally:
             subprocess.run(["umount", "-l", place], check=True)
+    child = chaos.start(cfg := config(chaos.folder / "read-only"), mortal=True)
+    child.until(rf"sealed {EVERY}$")
+    checkpoint(cfg, EVERY).parent.chmod(0o555)
+    child.wait()
+    yield _ended_by_disk("folder read-only", cfg, child)
+    checkpoint(cfg, EVERY).parent.chmod(0o755)
+    same = chaos.finish(cfg) == 0 and not chaos.differences(cfg)
+    yield Row("folder writable again", 1, int(same), "the run goes on; bit-identical")
+
+
+def _ended_by_disk(what: str, cfg: RunConfig, child: Child) -> Row:
+    kept, more = newest(cfg), max(child.numbers("step"), default=0) - max(child.numbers("save"), default=0)
+    error = " ".join(child.output().splitlines()[-1:])
+    valid = kept is not None and not manifest.problems(checkpoint(cfg, kept))
+    held = child.status == 1 and valid and more < EVERY and error.startswith("OSError: ")
+    return Row(what, 1, int(held), f"kept step {kept}; ended {more} steps after the save that failed was begun: "
+               f"{error.replace(str(Path(cfg.folder).parent), '')[:160]}")  # fmt: skip
 
 
 def bad_steps(chaos: Chaos) -> Iterator[Row]:

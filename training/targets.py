@@ -21,6 +21,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -233,7 +234,8 @@ class _Shard:
 
     def close(self) -> None:
         if self._reader is not None:
-            self._reader.close()
+            with suppress(RuntimeError):  # of a damaged file, as reading it has said
+                self._reader.close()
             self._reader = None
 
 
