@@ -201,7 +201,8 @@ def targets(folder: Path) -> Case:
     mass = np.sort(dice.dirichlet(np.ones(form.entries), shape), axis=-1)[..., ::-1].astype(np.float32)
     plain = np.zeros(shape, np.float32)
     with Writer(folder / "whole", Identity("t", 99, "teacher", form=form)) as writer:
-        writer.add(pieces(batch), SparseTargets(ids, mass, plain, plain, plain, plain, np.ones(shape, bool)))
+        made = (ids, mass, plain, plain, plain, plain, np.ones(shape, bool))
+        writer.add(pieces(batch), SparseTargets._make(made))
     files = {file.name: file.read_bytes() for file in (folder / "whole").iterdir()}
     with Reader(folder / "whole") as reader:
         want = reader.look_up(batch)

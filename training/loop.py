@@ -162,11 +162,9 @@ class _Stage:
         here = elsewhere or place
         stream = corpus.train(*shape, self.cfg.train.seed, *row_share(self.mesh)[:2], here, crossing and not elsewhere)
         self.targets = open_targets(self.cfg, corpus.tokenizer.hash, say)
-        self.teachers = {
-            name: self.targets[source].identity.teacher
-            for name, learner in self.cfg.learners.items()
-            if (source := learner.distillation.teacher) in self.targets
-        }
+        given = {name: learner.distillation.teacher for name, learner in self.cfg.learners.items()}
+        identities = {name: self.targets[where].identity for name, where in given.items() if where in self.targets}
+        self.teachers = {name: identity.teacher for name, identity in identities.items()}
         if place and not forked:
             _check_teachers(place.get("teachers", {}), self.teachers)
         self.stream = read_ahead(stream, self.targets.values(), self.stop - start)

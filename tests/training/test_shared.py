@@ -8,13 +8,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from training import checkpoint
 from training.checkpoint import Checkpoints, named_leaves
 from training.config import MeshConfig
-from training.loop import train
+from training.loop import train, write_config
 from training.mesh import make_mesh
+from training.record import run_record
 from training.start import initial_state, shared_weights
+from training.state import create_state
 
 
 def quiet(_: object) -> None:
@@ -47,43 +50,52 @@ def test_what_two_sizes_share(make_run):
     assert not any(name.startswith("blocks.layers.0.") for name in other.taken)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=2, expert=2)], ids=["one", "4"])
-def test_a_student_begins_with_them(make_run, corpus, mesh):
-    """Those that are shared to the bit, all others as from the seed; then it trains."""
-    big = make_run("big", steps=2, checkpoint_every=2, eval_every=2)
-    train(big, corpus, quiet)
-    cfg = replace(another(make_run("small", steps=2), f"shared:{big.folder}", num_experts=8), mesh=mesh)
-    if mesh.expert > 1 and jax.device_count() < 4:
-        pytest.skip("needs four devices")
+@pytest.fixture
+def big(make_run, corpus):
+    """A run's folder with a checkpoint, without the training."""
+    cfg, folder = make_run("big"), epath.Path(make_run("big").folder)
+    write_config(folder, cfg)
+    corpus.tokenizer.save(folder)
+    with Checkpoints(folder, keep=1) as checkpoints:
+        state = create_state(replace(cfg, train=replace(cfg.train, seed=7)), make_mesh(cfg.mesh, jax.devices()[:1]))
+        checkpoints.save(2, state, {}, run_record(cfg, corpus.tokenizer.hash))
+    return cfg
+
+
+def test_a_student_begins_with_them(make_run, big):
+    """Those that are shared to the bit, all others as from the seed."""
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2), jax.devices()[:4])
+    cfg = replace(another(make_run("small"), f"shared:{big.folder}", num_experts=8), mesh=MeshConfig(fsdp=2, expert=2))
     lines: list[str] = []
-    place = make_mesh(replace(mesh, fsdp=mesh.fsdp if mesh.expert > 1 else jax.device_count()))
-    got = leaves(initial_state(cfg, place, lines.append), "student")
-    fresh = leaves(initial_state(another(cfg, num_experts=8), place), "student")
+    got = leaves(initial_state(cfg, mesh, lines.append), "student")
+    plain = replace(cfg, learners={"student": replace(cfg.learners["student"], init="")})
+    fresh = leaves(initial_state(plain, mesh), "student")
     with Checkpoints(big.folder) as checkpoints:
         like = checkpoint.abstract_params(big, "scout")
-        given = {
-            path: np.asarray(x.get_value())
-            for path, x in named_leaves(checkpoints.restore_tree(2, like, "learners.scout.params.")).items()
-        }
-    taken = [path for path in got if np.array_equal(got[path], given[path])]
-    assert taken == shared_weights(cfg.learners["student"].model, big.learners["scout"].model).taken
-    assert lines[0] == f"student takes from {big.folder}@2, scout: {', '.join(taken)}"
-    assert (
-        lines[1].startswith("student begins anew: blocks.layers.1.") and "[2, 32, 4] there, [2, 32, 8] here" in lines[1]
-    )
-    for path in set(got) - set(taken):
-        assert np.array_equal(got[path], fresh[path]), path
+        tree = checkpoints.restore_tree(2, like, "learners.scout.params.")
+    given = {path: np.asarray(x.get_value()) for path, x in named_leaves(tree).items()}
+    taken = shared_weights(cfg.learners["student"].model, big.learners["scout"].model).taken
+    for path, x in got.items():
+        assert np.array_equal(x, given[path] if path in taken else fresh[path]), path
     assert any(not np.array_equal(given[path], fresh[path]) for path in taken)
+    assert lines[0] == f"student takes from {big.folder}@2, scout: {', '.join(taken)}"
+    assert lines[1].startswith("student begins anew: blocks.layers.")
+    assert "[2, 32, 4] there, [2, 32, 8] here" in lines[1]
 
 
-def test_what_shares_nothing_is_refused(make_run, corpus, tmp_path):
-    big = make_run("big", steps=1)
-    train(big, corpus, quiet)
-    init = f"shared:{big.folder}"
-    cfg = another(make_run("none"), init, embed_dim=16)
-    with pytest.raises(
-        ValueError, match=r"student's init is shared:.*, but scout there shares no weight with it: .* is "
-    ):
+@pytest.mark.slow
+def test_a_run_from_shared_weights_trains_and_goes_on(make_run, corpus, big):
+    cfg = another(make_run("small", steps=4), f"shared:{big.folder}", num_experts=8)
+    lines: list[str] = []
+    train(cfg, corpus, lines.append)
+    assert sum("student takes from" in line for line in lines) == 1
+    longer = replace(cfg, train=replace(cfg.train, steps=6))
+    assert train(longer, corpus, quiet)["step"] == 6
+
+
+def test_what_shares_nothing_is_refused(make_run, corpus, big, tmp_path):
+    cfg = another(make_run("none"), f"shared:{big.folder}", embed_dim=16)
+    with pytest.raises(ValueError, match=r"student's init is shared:.*, but scout there shares no weight with it: "):
         train(cfg, corpus, quiet)
     assert not Path(cfg.folder).exists()
     with pytest.raises(ValueError, match="init shared:x leaves weights random, and this learner is frozen"):
