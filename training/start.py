@@ -64,7 +64,7 @@ def given_params(cfg: RunConfig, name: str, mesh: Mesh) -> tuple[nnx.State, int]
             _check_architecture(name, learner.init, learner.model, theirs.learners[same].model)
             like = abstract_params(theirs, same, mesh)
             return checkpoints.restore_tree(step, like, f"learners.{same}.params."), step
-    raise AssertionError(learner.init)  # the configuration has checked it
+    raise ValueError(f"{name}'s init {learner.init} is a part of its weights: here it takes hf:DIR or run:DIR")
 
 
 def _counterpart(theirs: RunConfig, name: str, init: str) -> str:

@@ -16,7 +16,7 @@ from training.config import MeshConfig
 from training.loop import train, write_config
 from training.mesh import make_mesh
 from training.record import run_record
-from training.start import initial_state, shared_weights
+from training.start import given_params, initial_state, shared_weights
 from training.state import create_state
 
 
@@ -91,6 +91,12 @@ def test_a_run_from_shared_weights_trains_and_goes_on(make_run, corpus, big):
     assert sum("student takes from" in line for line in lines) == 1
     longer = replace(cfg, train=replace(cfg.train, steps=6))
     assert train(longer, corpus, quiet)["step"] == 6
+
+
+def test_a_part_is_no_teacher(make_run, big):
+    cfg = another(make_run("small"), f"shared:{big.folder}", num_experts=8)
+    with pytest.raises(ValueError, match="student's init shared:.* is a part of its weights: here it takes hf:DIR"):
+        given_params(cfg, "student", make_mesh(cfg.mesh, jax.devices()[:1]))
 
 
 def test_what_shares_nothing_is_refused(make_run, corpus, big, tmp_path):
