@@ -95,7 +95,7 @@ def test_a_run_from_shared_weights_trains_and_goes_on(make_run, corpus, big):
 
 def test_a_part_is_no_teacher(make_run, big):
     cfg = another(make_run("small"), f"shared:{big.folder}", num_experts=8)
-    with pytest.raises(ValueError, match="student's init shared:.* is a part of its weights: here it takes hf:DIR"):
+    with pytest.raises(ValueError, match=r"student's init shared:.* is a part of its weights: here it takes hf:DIR"):
         given_params(cfg, "student", make_mesh(cfg.mesh, jax.devices()[:1]))
 
 
