@@ -176,7 +176,7 @@ def read_header(file: epath.Path) -> dict[str, Stored]:
             )
             if start != end or stop < start or not known or not sizes:
                 raise ValueError(
-                    f"{file}: tensor {name!r} of shape {str(shape)[:100]} in {str(dtype)[:20]} cannot lie at bytes "
+                    f"{file}: tensor {name!r} of shape {str(shape)[:100]} in {dtype!a:.20} cannot lie at bytes "
                     f"{start} to {stop}"
                 )
             tensors[name] = Stored(file, dtype, shape, 8 + length + start)
