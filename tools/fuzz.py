@@ -368,20 +368,28 @@ def main(argv: list[str] | None = None) -> int:
             os.chdir("/")
         print(json.dumps(result))
         return 0
-    lines, failed = ["| | cases | taken | refused in one line | failed | slowest | memory |", "|" + "---|" * 7], 0
+    failed = 0
     for name in names:
         got = alone(name, args.seconds, args.seed)
         large = got.megabytes > MEGABYTES
         failed += len(got.failed) + large
         counts = f"{got.cases:,} | {got.taken:,} | {got.refused:,} | {len(got.failed)}"
-        lines.append(f"| {name} | {counts} | {got.slowest:.2f} s | {got.megabytes:.0f} MB |")
-        print(lines[-1], *got.failed[:10], *["too much memory"] * large, sep="\n     ", flush=True)
-    if args.docs:
-        made = f"{time.strftime('%Y-%m-%d')}, `python -m tools.fuzz {' '.join(sys.argv[1:])}`, time being CPU time:"
-        before, _, rest = args.docs.read_text().partition(MARK)
-        table = "\n".join(lines)
-        args.docs.write_text(f"{before}{MARK}\n{made}\n\n{table}\n{MARK}{rest.partition(MARK)[2]}")
+        line = f"| {name} | {counts} | {got.slowest:.2f} s | {got.megabytes:.0f} MB |"
+        print(line, *got.failed[:10], *["too much memory"] * large, sep="\n     ", flush=True)
+        if args.docs:
+            how = f"`--seconds {args.seconds:g} --seed {args.seed}`"
+            merge(args.docs, name, f"{line} {time.strftime('%Y-%m-%d')}, {how} |")
     return int(failed > 0)
+
+
+def merge(file: Path, name: str, new: str) -> None:
+    """Put a reader's line into a document, in place of the one it has there."""
+    before, _, rest = file.read_text().partition(MARK)
+    old, _, after = rest.partition(MARK)
+    found = {line.split()[1]: line for line in old.splitlines()[2:] if line.startswith("| ")} | {name: new}
+    head = ["| | cases | taken | refused in one line | failed | slowest | memory | on |", "|" + "---|" * 8]
+    table = "\n".join([*head, *(found[name] for name in READERS if name in found)])
+    file.write_text(f"{before}{MARK}\n{table}\n{MARK}{after}")
 
 
 if __name__ == "__main__":
