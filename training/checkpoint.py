@@ -228,7 +228,7 @@ class Checkpoints:
         try:
             if sealing:
                 sealing.result()
-        except NotDeleted:
+        except (NotDeleted, BlockingIOError):
             raise
         except Exception as error:
             raise self._failure(error) from error

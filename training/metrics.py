@@ -6,16 +6,21 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import numpy as np
-import tensorboardX
 from etils import epath
 from jax.sharding import Mesh
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import directory_check
+from tensorboardX.summary import scalar
 
 from training import goodput, profile, status
 from training.chips import peak_flops
@@ -177,37 +182,74 @@ class Writers:
         self._open(step)
 
     def _open(self, step: int) -> None:
-        self._stream = None
         self._lines = [json.dumps(record) for record in read(self._folder) if record["step"] <= step]
-        self.flush()
+        with self._told("records"):
+            self._rewrite()
         self._stream = None if "://" in str(self._folder) else self._file.open("a")
-        self._board = tensorboardX.SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
+        self._board = _Board(self._folder / "tensorboard", step)
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """Add a line, without what is no number; its scalars go to TensorBoard, too."""
         record = {name: x for name, x in record.items() if not isinstance(x, float) or math.isfinite(x)}
         record = {**record, **goodput.counted()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **record})
-        if self._stream:
-            print(line, file=self._stream, flush=True)
-        else:
-            self._lines.append(line)
         scalars = {name: value for name, value in record.items() if isinstance(value, (int, float))}
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        with self._told(f"the record of step {step}"):
+            if self._stream:
+                print(line, file=self._stream, flush=True)
+            else:
+                self._lines.append(line)
+            self._board.write(step, scalars)
         for sink in SINKS:
             sink(step, scalars)
 
     def flush(self) -> None:
         """What was written so far is in the folder afterwards; to be called before each checkpoint."""
-        if self._stream is None:
-            self._file.write_text("".join(line + "\n" for line in self._lines))
+        with self._told("records"):
+            if self._stream is None:
+                self._rewrite()
+            self._board.flush()
 
     def close(self) -> None:
-        self.flush()
-        if self._stream:
-            self._stream.close()
-        self._board.close()
+        with self._told("records"), ExitStack() as stack:
+            if self._stream:
+                stack.callback(self._stream.close)
+            stack.callback(self._board.close)
+            self.flush()
+
+    def _rewrite(self) -> None:
+        self._file.write_text("".join(line + "\n" for line in self._lines))
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """An OSError says in a line what could not be written where."""
+        try:
+            yield
+        except OSError as error:
+            said = error.strerror or str(error)
+            raise OSError(error.errno, f"{what} in {self._folder} could not be written: {said}") from error
+
+
+class _Board:
+    """TensorBoard's file, written as records come. (tensorboardX's own writer has a thread for that, which a full disk
+    ends, and whoever then hands it something waits for ever.)"""
+
+    def __init__(self, folder: epath.Path, step: int):
+        """What there is of steps after `step` is not shown any more."""
+        directory_check(str(folder))
+        self._events = EventsWriter(str(folder / "events"), f".{step}")
+        start = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = [one for name, x in scalars.items() for one in scalar(name, x).value]
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def flush(self) -> None:
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def read(folder: epath.Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from etils import epath
+from tensorboardX.proto import event_pb2
 
 from training.chips import peak_flops
 from training.config import Distillation
@@ -125,6 +126,53 @@ def test_lines_after_the_restored_step_are_dropped(tmp_path):
     assert records[0]["expert_share"] == [[1.0]] and list((tmp_path / "tensorboard").iterdir())
     Writers(folder, 0).close()
     assert read(folder) == []
+
+
+def test_a_full_disk_ends_the_writing_in_a_line(tmp_path, monkeypatch):
+    """At once, whichever file meets it, and closing returns."""
+    writers = Writers(epath.Path(tmp_path), 0)
+    writers.write(1, {"loss": 1.0})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.metrics.EventsWriter.write_event", full)
+        with pytest.raises(OSError, match=r"the record of step 2 in .* could not be written: No space left"):
+            writers.write(2, {"loss": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr("training.metrics.EventsWriter.flush", full)
+        with pytest.raises(OSError, match=r"records in .* could not be written: No space left"):
+            writers.close()
+    assert [r["step"] for r in read(epath.Path(tmp_path))] == [1, 2]
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    """Steps after the restored one are purged."""
+    for start in (0, 2):
+        writers = Writers(epath.Path(tmp_path), start)
+        for step in range(start + 1, 4):
+            writers.write(step, {"loss": step / 2, "table": [[1.0]]})
+        writers.close()
+    events = [
+        event_pb2.Event.FromString(record)
+        for file in sorted((tmp_path / "tensorboard").iterdir())
+        for record in records_of(file.read_bytes())
+    ]
+    losses = [(e.step, v.simple_value) for e in events for v in e.summary.value if v.tag == "loss"]
+    assert losses == [(1, 0.5), (2, 1.0), (3, 1.5), (3, 1.5)]
+    assert [e.step for e in events if e.session_log.status == event_pb2.SessionLog.START] == [1, 3]
+    assert all(e.wall_time for e in events)
+
+
+def records_of(raw: bytes) -> list[bytes]:
+    """Of a file of TensorFlow's records: length, its checksum, bytes, their checksum."""
+    found = []
+    while raw:
+        size = int.from_bytes(raw[:8], "little")
+        found.append(raw[12 : 12 + size])
+        raw = raw[16 + size :]
+    return found
 
 
 def test_plain_lines(make_run):

