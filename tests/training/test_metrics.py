@@ -141,7 +141,7 @@ def test_a_full_disk_ends_the_writing_in_a_line(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"the record of step 2 in .* could not be written: No space left"):
             writers.write(2, {"loss": 1.0})
     with monkeypatch.context() as patch:
-        patch.setattr("training.metrics.EventsWriter.flush", full)
+        patch.setattr(writers._board, "flush", full)
         with pytest.raises(OSError, match=r"records in .* could not be written: No space left"):
             writers.close()
     assert [r["step"] for r in read(epath.Path(tmp_path))] == [1, 2]
