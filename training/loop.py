@@ -385,7 +385,8 @@ def _look_ahead(cfg: RunConfig, corpus: Corpus, start: int, say: Callable[[str],
     while True:
         then = cfg.at(done)
         try:
-            corpora[done] = corpus.of(then.data, say, then.images)
+            given = (then.data, then.images) == (cfg.data, cfg.images)  # `corpus` is what the run reads
+            corpora[done] = corpus if given else corpus.of(then.data, say, then.images)
             _check_domains(then, corpora[done])
             corpora[done].check_heldout(then.train.batch, then.train.eval_batches)
             if done == start or then.mesh.suits(devices):
