@@ -96,7 +96,8 @@ def teach(
             if (then := make_mesh(now.mesh)) != mesh:
                 params, mesh = given_params(now, name, then)[0], then
             check_fits(now, mesh)
-            here = corpus.of(now.data, say, now.images)
+            given = (now.data, now.images) == (cfg.data, cfg.images)  # `corpus` is what the run reads
+            here = corpus if given else corpus.of(now.data, say, now.images)
             shape = (now.train.batch, now.train.seq_len, now.learners[name].model.chunk)
             share, teacher = row_share(mesh), make_teach_step(now.learners[name], mesh, form)
             held_out = _rows(here.heldout(*shape, now.train.eval_batches), share.part, share.parts)
