@@ -1,6 +1,7 @@
 """`llama4 plan NAME --topology v5p:8x8x8`: what a run needs and how fast it can be, without its devices.
 
-`llama4 plan distill NAME --topology ...` sets side by side where its teacher may stand.
+`llama4 plan distill NAME --topology ...` sets side by side where its teacher may stand; `llama4 plan serve NAME ...`
+says whether a model fits with its key/value caches (`launch/plan_serve.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch import overrides
+from launch import overrides, plan_serve
 
 TAKES_OVERRIDES = True
 GIB = 2**30
@@ -23,10 +24,10 @@ DISTILL: dict[str, Any] = dict(mfu=0.4, chip_hour=2.0, tb_month=20.0, runs=2)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    overrides.add_name(parser, also=", or the word distill and one", nargs="*", action=_Name)
-    parser.usage = f"{parser.prog} [distill] NAME --topology KIND:SHAPE [--FIELD VALUE ...] [options]"
+    overrides.add_name(parser, also=", or the word distill or serve and one", nargs="*", action=_Name)
+    parser.usage = f"{parser.prog} [distill|serve] NAME --topology KIND:SHAPE [--FIELD VALUE ...] [options]"
     parser.add_argument("--topology", required=True, metavar="KIND:SHAPE",
-                        help="v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x8, or h100:HOSTSx8")  # fmt: skip
+                        help="v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x8, h100:HOSTSx8 or h100:1x1")  # fmt: skip
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--fast", action="store_true", help="by formulas alone, in a few seconds; nothing is compiled")
     how.add_argument("--search", action="store_true",
@@ -45,15 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help=f"of keeping a TB for a month, {assumed} {DISTILL['tb_month']:g})")  # fmt: skip
     teacher.add_argument("--runs", type=int, help="of students over the same tokens, for which to say up to how many "
                          f"tokens recording pays (default: {DISTILL['runs']})")  # fmt: skip
+    plan_serve.add_arguments(parser)
 
 
 class _Name(argparse.Action):
-    """NAME, or the word distill and NAME."""
+    """NAME, or the word distill or serve and NAME."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         words = list(values or ())
-        namespace.distill = words[:1] == ["distill"]
-        names = words[namespace.distill :]
+        namespace.distill, namespace.serve = words[:1] == ["distill"], words[:1] == ["serve"]
+        names = words[namespace.distill or namespace.serve :]
         if len(names) > 1:
             parser.error(f"one preset, not {' '.join(names)}")
         namespace.name = names[0] if names else ""
@@ -65,17 +67,23 @@ def run(args: argparse.Namespace) -> int:
     cfg = overrides.apply(find(args.name), args)
     if args.no_compile and not args.search:
         raise ValueError("--no-compile goes with --search; for one plan there is --fast")
+    stray = [name for name in ("learner", *plan_serve.SERVE) if getattr(args, name) is not None]
+    if stray and not args.serve:
+        raise ValueError(f"--{stray[0].replace('_', '-')} goes with plan serve {args.name}")
     given = {name: value for name in DISTILL if (value := getattr(args, name)) is not None}
     if given and not args.distill:
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} goes with plan distill {args.name}")
-    if args.distill and (args.fast or args.search):
-        raise ValueError("plan distill compiles nothing and searches for nothing: leave out --fast and --search")
+    if (args.distill or args.serve) and (args.fast or args.search):
+        word = "distill" if args.distill else "serve"
+        raise ValueError(f"plan {word} compiles nothing and searches for nothing: leave out --fast and --search")
     if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}")
     from training.ahead import no_device_needed
     from training.plan import plan
 
     no_device_needed()
+    if args.serve:
+        return plan_serve.run(cfg, args)
     if args.distill:
         from training.distill_plan import compare
 

@@ -8,38 +8,34 @@ thus cost a chunk of memory instead of the context.
 
 Only the attention's view of the past differs from training: projections, feed-forward parts and norms are the
 model's own. Everything here runs outside `shard_map`: on one device, or with weights sharded over a mesh of Auto
-axes, where the compiler places the collectives.
+axes, where the compiler places the collectives. The exception are the caches of global layers, which a mesh with a
+`context` axis spreads over it by hand (`llama4_jax/context_cache.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from llama4_jax import context_cache
 from llama4_jax.attention import Attention
-from llama4_jax.axes import Execution
+from llama4_jax.axes import CONTEXT, Execution
 from llama4_jax.config import ModelConfig
+from llama4_jax.context_cache import Cache
 from llama4_jax.kernels.attention import reference
 from llama4_jax.kernels.attention.api import attention
 from llama4_jax.text import Transformer
 
 PORTABLE = Execution()
 """Kernels that run on every device."""
-
-
-class Cache(NamedTuple):
-    """Keys and values of one layer of the pattern, stacked over blocks (the leading L), positions applied."""
-
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
 
 
 Caches = tuple[Cache, ...]
@@ -49,19 +45,22 @@ Attend = Callable[[Attention, jax.Array, jax.Array, jax.Array, Cache, jax.Array]
 """(attention, q_BTNH, k_BTKH, v_BTKH, cache, block) -> (out_BTNH, the cache with this block's part updated)."""
 
 
-def cache_bytes(cfg: ModelConfig, batch: int, max_length: int, itemsize: int = 2) -> int:
-    """2 B K H (L_global S + L_local min(C, S)) numbers: what `empty_caches` takes."""
+def cache_bytes(cfg: ModelConfig, batch: int, max_length: int, itemsize: int = 2, context: int = 1) -> int:
+    """2 B K H (L_global ceil(S / c) + L_local min(C, S)) numbers: what `empty_caches` takes of each device, c being the
+    `context` axis."""
     local = sum(kind.local for kind in cfg.pattern) * cfg.num_blocks
-    slots = (cfg.num_layers - local) * max_length + local * min(cfg.chunk, max_length)
+    slots = (cfg.num_layers - local) * -(-max_length // context) + local * min(cfg.chunk, max_length)
     return 2 * batch * cfg.num_kv_heads * cfg.head_dim * slots * itemsize
 
 
-def empty_caches(cfg: ModelConfig, batch: int, max_length: int, dtype: DTypeLike) -> Caches:
-    """Caches for positions 0 .. max_length-1: that many slots in global layers, at most a chunk in local ones."""
+def empty_caches(cfg: ModelConfig, batch: int, max_length: int, dtype: DTypeLike, mesh: Mesh | None = None) -> Caches:
+    """Caches for positions 0 .. max_length-1: that many slots in global layers, spread over the context axis of `mesh`;
+    at most a chunk in local ones."""
 
     def one(local: bool) -> Cache:
-        slots = min(cfg.chunk, max_length) if local else max_length
+        slots = min(cfg.chunk, max_length) if local else context_cache.slots(max_length, mesh)
         zeros = jnp.zeros((cfg.num_blocks, batch, slots, cfg.num_kv_heads, cfg.head_dim), dtype)
+        zeros = zeros if local else context_cache.placed(zeros, mesh)
         return Cache(zeros, zeros)
 
     return tuple(one(kind.local) for kind in cfg.pattern)
@@ -106,24 +105,26 @@ def prefill(
     lengths_B: Int[Array, "B"],
     max_length: int,
     piece: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B V"], Caches]:
     """Read prompts, right-padded to T: fp32 logits of each one's next token, and the caches.
 
     `model` holds weights in the compute dtype (`Execution.fetch_module`). Row b decodes on at position
     `lengths_B[b]`; `max_length` bounds the positions ever decoded, and every length lies below it. `piece`: so many
-    tokens go through the layers at a time, whole chunks of which T is a multiple; by default all.
+    tokens go through the layers at a time, whole chunks of which T is a multiple; by default all. `mesh`: over whose
+    context axis the caches of global layers are spread.
     """
     B, T = tokens_BT.shape
     piece = piece or T
     if piece < T and (T % piece or piece % model.cfg.chunk):
         raise ValueError(f"prefill: a piece of {piece} is not whole chunks of {model.cfg.chunk} that divide {T}")
-    caches = empty_caches(model.cfg, B, max_length, model.embedding.table_VD[...].dtype)
+    caches = empty_caches(model.cfg, B, max_length, model.embedding.table_VD[...].dtype, mesh)
     last_B1D = jnp.zeros((B, 1, model.cfg.embed_dim), model.embedding.table_VD[...].dtype)
 
     def read(carry, numbered):
         number, part_BT = numbered
         last_B1D, caches = carry
-        x_BTD, caches = _prefill_piece(model, part_BT, number * piece, lengths_B, caches)
+        x_BTD, caches = _prefill_piece(model, part_BT, number * piece, lengths_B, caches, mesh)
         at_B = lengths_B - 1 - number * piece
         here_BTD = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1, mode="clip")
         inside_B = (at_B >= 0) & (at_B < piece)
@@ -135,7 +136,12 @@ def prefill(
 
 
 def _prefill_piece(
-    model: Transformer, tokens_BT: Int[Array, "B T"], start, lengths_B: Int[Array, "B"], caches: Caches
+    model: Transformer,
+    tokens_BT: Int[Array, "B T"],
+    start,
+    lengths_B: Int[Array, "B"],
+    caches: Caches,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], Caches]:
     """Tokens of positions from `start`, a chunk's first, through the layers. Local layers see what is here; global ones
     what the caches hold of before, too."""
@@ -145,6 +151,8 @@ def _prefill_piece(
 
     def attend(layer, q_BTNH, k_BTKH, v_BTKH, cache, block):
         slots = cache.k.shape[2]
+        if not layer.local and mesh is not None:
+            return context_cache.prefill(mesh, q_BTNH, k_BTKH, v_BTKH, cache, block, start, lengths_B)
         if not layer.local:
             cache = Cache(*(
                 jax.lax.dynamic_update_slice(c, x[None], (block, 0, start, 0, 0))
@@ -171,13 +179,19 @@ def _prefill_piece(
 
 
 def decode(
-    model: Transformer, tokens_B: Int[Array, "B"], positions_B: Int[Array, "B"], caches: Caches
+    model: Transformer,
+    tokens_B: Int[Array, "B"],
+    positions_B: Int[Array, "B"],
+    caches: Caches,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B V"], Caches]:
     """One more token a row, each at its own position: fp32 logits of the next, and the caches with this one."""
     one_B1 = jnp.ones_like(tokens_B)[:, None]
     rows_B = jnp.arange(tokens_B.shape[0])
 
-    def attend(_, q_B1NH, k_B1KH, v_B1KH, cache, block):
+    def attend(layer, q_B1NH, k_B1KH, v_B1KH, cache, block):
+        if not layer.local and mesh is not None:
+            return context_cache.decode(mesh, q_B1NH, k_B1KH, v_B1KH, cache, block, positions_B)
         slots = cache.k.shape[2]
         slot_B = positions_B % slots
         cache = Cache(*(c.at[block, rows_B, slot_B].set(x[:, 0]) for c, x in zip(cache, (k_B1KH, v_B1KH), strict=True)))
@@ -218,8 +232,10 @@ NONE = -1
 """What rows hold in place of a token once they have stopped."""
 
 
-@partial(jax.jit, static_argnames=("graphdef", "room", "piece"))
-def _generate(graphdef, state, tokens_BT, lengths_B, room, max_new_tokens, temperature, top_p, key, eos_ids, piece):
+@partial(jax.jit, static_argnames=("graphdef", "room", "piece", "mesh"))
+def _generate(
+    graphdef, state, tokens_BT, lengths_B, room, max_new_tokens, temperature, top_p, key, eos_ids, piece, mesh
+):
     """New tokens [B, room], `NONE` behind a row's end. All but shapes and `room` may change without compiling."""
     model: Transformer = nnx.merge(graphdef, state)
     B, T = tokens_BT.shape
@@ -235,11 +251,11 @@ def _generate(graphdef, state, tokens_BT, lengths_B, room, max_new_tokens, tempe
 
     def body(carry):
         step, tokens_B, caches, new_BN, done_B = carry
-        logits_BV, caches = decode(model, tokens_B, lengths_B + step - 1, caches)
+        logits_BV, caches = decode(model, tokens_B, lengths_B + step - 1, caches, mesh)
         tokens_B, new_BN, done_B = emit(logits_BV, step, new_BN, done_B)
         return step + 1, tokens_B, caches, new_BN, done_B
 
-    logits_BV, caches = prefill(model, tokens_BT, lengths_B, T + room, piece)
+    logits_BV, caches = prefill(model, tokens_BT, lengths_B, T + room, piece, mesh)
     first = emit(logits_BV, 0, jnp.full((B, room), NONE, jnp.int32), jnp.zeros(B, bool))
     *_, new_BN, _ = jax.lax.while_loop(going_on, body, (jnp.int32(1), first[0], caches, *first[1:]))
     return new_BN
@@ -262,6 +278,7 @@ def generate(
     key: jax.Array | None = None,
     eos_ids: Sequence[int] = (),
     piece: int | None = None,
+    mesh: Mesh | None = None,
     execution: Execution = Execution(),  # noqa: B008 (frozen)
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens; returns the new tokens, an end token included.
@@ -271,6 +288,7 @@ def generate(
     `key`: `jax.random.key(seed)`; the same key, prompts and weights give the same text. Greedy decoding needs none.
     `eos_ids`: a row ends with the first of these it produces.
     `piece`: prompts are read so many tokens at a time, rounded to whole chunks; by default at least a chunk and 8192.
+    `mesh`: the caches of global layers are spread over its context axis; the weights lie on its devices, too.
 
     Compiles once for each batch size and bucket of lengths (`bucket`). Raises ValueError for an empty batch or
     prompt, ids outside the vocabulary, and settings outside their range.
@@ -288,7 +306,7 @@ def generate(
         graphdef, state, jnp.asarray(tokens_BT), jnp.asarray(lengths, jnp.int32),
         bucket(max_new_tokens, model.cfg.chunk), jnp.int32(max_new_tokens), jnp.float32(temperature),
         jnp.float32(top_p), jax.random.key(0) if key is None else key, jnp.asarray(eos_ids, jnp.int32),
-        min(piece, width),
+        min(piece, width), None if mesh is None or mesh.shape[CONTEXT] == 1 else mesh,
     )  # fmt: skip
     return [[int(token) for token in row if token != NONE] for row in np.asarray(new_BN)]
 

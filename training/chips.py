@@ -99,10 +99,11 @@ class Device:
 
 
 def devices(name: str, slices: int = 1) -> list[Device]:
-    """Stand-ins for v5p:4x4x8, v5e:16x16 ..., or h100:HOSTSx8; a mesh of them can be traced for, not compiled for."""
+    """Stand-ins for v5p:4x4x8, v5e:16x16 ..., h100:HOSTSx8, or h100:1x2 for a part of one host; a mesh of them can be
+    traced for, not compiled for."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     chip, shape = (CHIPS.get(found[1]), [int(n) for n in found[2].split("x")]) if found else (None, [])
-    if chip is None or len(shape) != (chip.torus or 2) or min(shape) < 1 or not (chip.torus or shape[1] == chip.host):
+    if chip is None or len(shape) != (chip.torus or 2) or min(shape) < 1 or not (chip.torus or _hosts(shape, chip)):
         every = ", ".join(f"{kind}:{_example(one)}" for kind, one in CHIPS.items())
         raise ValueError(f"no devices {name!r}; the nearest are {_nearest(name)!r} (all: {every})")
     platform = "tpu" if chip.torus else "cuda"
@@ -114,6 +115,11 @@ def devices(name: str, slices: int = 1) -> list[Device]:
         for core in range(chip.devices)
     ]
     return [replace(device, id=i) for i, device in enumerate(made)]
+
+
+def _hosts(shape: list[int], chip: Chip) -> bool:
+    """Whole hosts of GPUs, or some GPUs of one."""
+    return shape[1] == chip.host or (shape[0] == 1 and chip.host % shape[1] == 0)
 
 
 def _nearest(name: str) -> str:

@@ -212,6 +212,27 @@ def test_sharded_weights_generate_the_same():
     assert generate(sharded, PROMPTS, 12, temperature=0.0) == generate(model, PROMPTS, 12, temperature=0.0)
 
 
+def test_caches_spread_over_the_context_axis_generate_the_same():
+    """Pieces and prompts that lie across devices' slots, rows that end on different devices; each holds its share."""
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices")
+    model = model_of("scout")
+    mesh = jax.make_mesh((1, 1, 1, 4, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+    graphdef, state = nnx.split(model)
+
+    def place(p, spec):
+        return p.replace(jax.device_put(p.get_value(), NamedSharding(mesh, spec.get_value())))
+
+    spread = nnx.merge(graphdef, map_params(place, state, Execution().specs(state)))
+    assert generate(spread, PROMPTS, 30, temperature=0.0, piece=8, mesh=mesh) == generate(
+        model, PROMPTS, 30, temperature=0.0
+    )
+    cfg, length = model.cfg, 50
+    caches = jax.jit(lambda: empty_caches(cfg, 3, length, jnp.bfloat16, mesh))()
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(caches))
+    assert held == cache_bytes(cfg, 3, length, context=4) < cache_bytes(cfg, 3, length) / 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

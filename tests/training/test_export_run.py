@@ -20,7 +20,7 @@ from flax import nnx
 import configs
 from data.tokenizer import from_bytes, train_bpe
 from llama4_jax import hf
-from llama4_jax.config import ModelConfig, Rope
+from llama4_jax.config import ModelConfig, Rope, VisionConfig, with_vision
 from tools.record_golden import our_state, random_weights
 from training import export, hf_import, quantised
 from training.checkpoint import Checkpoints, restore_params
@@ -44,6 +44,10 @@ MODELS = {
     "scout": SCOUT,
     "maverick": replace(SCOUT, num_layers=8, num_experts=8, moe_every=2, qk_norm=False, rope=Rope(10_000.0)),
     "behemoth": replace(SCOUT, embed_dim=48, num_layers=8, num_heads=8, expert_dim=64),
+    "vision": with_vision(
+        SCOUT,
+        VisionConfig(embed_dim=32, num_layers=2, num_heads=4, mlp_dim=128, image_size=24, patch_size=4, adapter_dim=20),
+    ),
 }
 MEMORY = 20_000_000_000
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -79,6 +79,33 @@ def attention(
     q_positions_T: Int[Array, "T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """See `api`."""
+    q_IBKGTH, k_JBKSH, v_JBKSH, blocks = _in_blocks(
+        q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS, q_positions_T
+    )
+    return _heads_last(_attend(q_IBKGTH, k_JBKSH, v_JBKSH, blocks), q_BTNH.shape)
+
+
+def attention_and_logsumexp(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    q_segments_BT: Int[Array, "B T"],
+    kv_segments_BS: Int[Array, "B S"],
+    q_positions_T: Int[Array, "T"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """The same with the fp32 logarithm of its sum of exponents, by which parts of the keys can be joined; no gradients.
+
+    A query may see none of the keys, or stand before the first one (at a negative position): the logarithm is then so
+    low that what comes with it, which means nothing, weighs nothing beside any other part.
+    """
+    blocks = _in_blocks(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS, q_positions_T)
+    out_IBKGTH, (*_, logsumexp_IBKGT) = _forward(*blocks)
+    B, T, N, H = q_BTNH.shape
+    return _heads_last(out_IBKGTH, (B, T, N, H)), _heads_last(logsumexp_IBKGT[..., None], (B, T, N, 1))[..., 0]
+
+
+def _in_blocks(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS, q_positions_T):
+    """Arguments of `_attend`."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     positions_T = jnp.arange(T) if q_positions_T is None else q_positions_T
@@ -94,8 +121,13 @@ def attention(
     q_BTKGH = (q_BTNH * H**-0.5).astype(q_BTNH.dtype).reshape(B, T, K, N // K, H)
     q_IBKGTH = jnp.moveaxis(_cut(q_BTKGH, 1), 2, 4)
     k_JBKSH, v_JBKSH = (_cut(x, 1).swapaxes(2, 3) for x in (k_BSKH, v_BSKH))
-    out_IBKGTH = _attend(q_IBKGTH, k_JBKSH, v_JBKSH, blocks)
-    return jnp.transpose(out_IBKGTH, (1, 0, 4, 2, 3, 5)).reshape(B, -1, N, H)[:, :T]
+    return q_IBKGTH, k_JBKSH, v_JBKSH, blocks
+
+
+def _heads_last(x_IBKGTH: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Blocks of queries put together: [B, T, N, H]."""
+    B, T, N, H = shape
+    return jnp.transpose(x_IBKGTH, (1, 0, 4, 2, 3, 5)).reshape(B, -1, N, H)[:, :T]
 
 
 def _cut(x: jax.Array, dim: int, **padding) -> jax.Array:
