@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from data.tokenizer import Tokenizer
 
 
@@ -26,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "the folder names, else the tokenizer's end of text)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, help="prompts at once (default: 8)")
     parser.add_argument("--prefill", type=int, metavar="TOKENS", help="of a prompt are read at once (default: 8192)")
+    parser.add_argument("--mesh.context", dest="context", type=int, default=1, metavar="DEVICES", help="over which the "
+                        "global layers' caches, and the weights, are spread (default: 1)")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--json", action="store_true", help='print {"prompt", "text", "tokens"} a line')
 
@@ -40,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from llama4_jax.generate import generate
     from training.load import load_model
 
-    model, tokenizer, stops = load_model(args.model, args.learner)
+    mesh = _mesh(args.context)
+    model, tokenizer, stops = load_model(args.model, args.learner, mesh)
     stops = tuple(args.stop) if args.stop else stops
     ids = [_encode(tokenizer, prompt, args.chat) for prompt in prompts]
     for first in range(0, len(ids), args.batch):
@@ -48,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         new = generate(
             model, some, args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
             key=jax.random.fold_in(jax.random.key(args.seed), first // args.batch), eos_ids=stops,
-            piece=args.prefill, execution=Execution(compute_dtype=args.dtype),
+            piece=args.prefill, mesh=mesh, execution=Execution(compute_dtype=args.dtype),
         )  # fmt: skip
         for prompt, tokens in zip(prompts[first:], new, strict=False):
             text = tokenizer.decode(tokens)
@@ -57,6 +62,19 @@ def run(args: argparse.Namespace) -> int:
             else:
                 _show(prompt, text, args.chat)
     return 0
+
+
+def _mesh(context: int) -> Mesh | None:
+    """So many devices along `context`; None for one."""
+    import jax
+
+    from training.config import MeshConfig
+    from training.mesh import make_mesh
+
+    devices = jax.devices()
+    if not 1 <= context <= len(devices):
+        raise ValueError(f"--mesh.context must be from 1 to the {len(devices)} devices there are, not {context}")
+    return make_mesh(MeshConfig(fsdp=1, context=context), devices[:context]) if context > 1 else None
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

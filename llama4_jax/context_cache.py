@@ -1,8 +1,8 @@
 """Key/value caches of global layers spread over the devices of the mesh's `context` axis.
 
 Of S slots and c devices, device i holds slots [i S/c, (i + 1) S/c). Queries, keys and values of new tokens are
-everywhere; each device stores what falls into its slots and attends to them alone, with the logarithm L of its softmax's
-sum. Then
+everywhere; each device stores what falls into its slots and attends to them alone, with the logarithm L of what its
+softmax sums to. Then
 
     out = sum_i exp(L_i - L) out_i / sum_i exp(L_i - L),   L = max_i L_i
 

@@ -31,7 +31,7 @@ from llama4_jax.text import abstract
 from training import manifest
 from training.config import RunConfig
 from training.goodput import spent
-from training.mesh import shardings
+from training.mesh import check_divides, shardings
 from training.record import config_from_json
 from training.state import TrainState, execution
 
@@ -422,5 +422,6 @@ def abstract_params(cfg: RunConfig, learner: str, mesh: Mesh | None = None) -> n
     if mesh is None:
         placed: Any = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), params)
     else:
+        check_divides(learner, cfg.learners[learner].model, mesh)
         placed = shardings(mesh, execution(cfg.learners[learner], mesh).specs(params))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed)

@@ -15,7 +15,7 @@ from llama4_jax.text import Transformer, abstract
 from training.checkpoint import restore_params
 from training.config import RunConfig
 from training.hf_import import load_hf
-from training.mesh import shardings
+from training.mesh import check_divides, shardings
 from training.model_folder import read_config, stop_ids
 from training.weights import find_run
 
@@ -32,7 +32,8 @@ class Loaded(NamedTuple):
 def load_model(place: str, learner: str | None = None, mesh: Mesh | None = None) -> Loaded:
     """RUN, RUN@STEP, or a folder in Hugging Face's format, in fp32: on the first device, or as in training on `mesh`.
 
-    `learner`: which of a run that has several; a folder has one. ValueError or FileNotFoundError says what is missing.
+    `learner`: which of a run that has several; a folder has one. ValueError or FileNotFoundError says what is missing,
+    or what of the model `mesh` does not divide.
     """
     if run := find_run(place):
         weights = restore_params(run[0], learner, run[1], mesh)
@@ -41,7 +42,10 @@ def load_model(place: str, learner: str | None = None, mesh: Mesh | None = None)
         stops = (tokens.eos_id,)
     else:
         cfg = read_config(place)
-        places = None if mesh is None else shardings(mesh, Execution().specs(nnx.split(abstract(cfg))[1]))
+        places = None
+        if mesh is not None:
+            check_divides(place, cfg, mesh)
+            places = shardings(mesh, Execution().specs(nnx.split(abstract(cfg))[1]))
         params = load_hf(place, shardings=places)
         tokens = tokenizers.load(epath.Path(place))
         stops = stop_ids(place) or (tokens.eos_id,)

@@ -133,11 +133,16 @@ def check_fits(cfg: RunConfig, mesh: Mesh) -> None:
                 f"{name}: exchange heads cannot deal {learner.model.num_heads} query and {learner.model.num_kv_heads} "
                 f"kv heads over mesh.context x mesh.tensor = {shared}: exchange mirror and gather take any number"
             )
-        for what, value, axes in _divisions(learner.model):
-            ways = int(np.prod([size[a] for a in axes]))
-            if value % ways:
-                raise ValueError(f"{name}: {what} ({value}) must be a multiple of {' x '.join(axes)} = {ways}: the "
-                                 f"nearest that divides it is {_divisor(value, ways)}")  # fmt: skip
+        check_divides(name, learner.model, mesh)
+
+
+def check_divides(name: str, model: ModelConfig, mesh: Mesh) -> None:
+    """ValueError, in a line, for a model whose weights cannot be split over the mesh as it is."""
+    for what, value, axes in _divisions(model):
+        ways = int(np.prod([mesh.shape[a] for a in axes]))
+        if value % ways:
+            raise ValueError(f"{name}: {what} ({value}) must be a multiple of {' x '.join(axes)} = {ways}: the "
+                             f"nearest that divides it is {_divisor(value, ways)}")  # fmt: skip
 
 
 def _divisor(value: int, near: int) -> int:
