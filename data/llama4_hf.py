@@ -27,16 +27,20 @@ CHAT_TEMPLATE = (
 )
 """The text of `data.llama4_tokenizer.chat_text`, in Jinja. Its ids are those of `render_chat` but where a content
 begins with a newline, which joins the header's, or names a special token."""
+NO_IMAGES = "{% else %}{{ raise_exception('this text model reads text alone') }}"
+IMAGES = "{% elif part['type'] == 'image' %}<|image|>{% else %}{{ raise_exception('text and images alone are read') }}"
+"""What stands in a whole model's template for the former: a processor puts an image's tokens there."""
 
 
-def write(tokenizer: Llama4Tokenizer, folder: epath.Path) -> None:
-    """Write both files beside the `tokenizer.model`, of which they are another form."""
+def write(tokenizer: Llama4Tokenizer, folder: epath.Path, images: bool = False) -> None:
+    """Write both files beside the `tokenizer.model`, of which they are another form; `images`: chats may hold them."""
     made = tokenizer_json(parse_ranks(tokenizer.model_bytes))
     (folder / HF_FILE).write_text(json.dumps(made, ensure_ascii=False))
+    template = CHAT_TEMPLATE.replace(NO_IMAGES, IMAGES) if images else CHAT_TEMPLATE
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>",
         "pad_token": "<|finetune_right_pad|>", "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"], "chat_template": CHAT_TEMPLATE,
+        "model_input_names": ["input_ids", "attention_mask"], "chat_template": template,
     }  # fmt: skip
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1))
 

@@ -48,7 +48,7 @@ def write(
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
         tokenizer.save(work)
         if isinstance(tokenizer, Llama4Tokenizer):
-            llama4_hf.write(tokenizer, work)
+            llama4_hf.write(tokenizer, work, images=cfg.vision is not None)
         _bound_length(work / CONFIG_FILE, cfg.max_position)
     generation = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, **ids}
     (work / GENERATION).write_text(json.dumps(generation, indent=2))

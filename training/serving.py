@@ -61,7 +61,7 @@ def serving(
 
     def need(context: int) -> dict[str, Any]:
         cache = cache_bytes(model, batch, context, BF16, c) / t
-        rows = batch * min(context, max(model.chunk, piece // model.chunk * model.chunk))
+        rows = float(batch) * min(context, max(model.chunk, piece // model.chunk * model.chunk))
         of_layers = [layer_activations(model, Execution(), kind.moe, rows, BF16, t) for kind in model.pattern]
         working = max(FACTORS[platform]["activations"] * max(of_layers) / 2, 4.0 * batch * model.vocab_size / t)
         total = weights + cache + working

@@ -191,6 +191,25 @@ def test_llama4_as_huggingface_reads_it_gives_the_same_ids(llama4, tmp_path):
         assert found["input_ids"] == llama4.render_chat(plain, reply).tolist()
 
 
+def test_a_chat_with_images_has_their_token_where_the_model_reads_them():
+    jinja2 = pytest.importorskip("jinja2", reason="needs jinja2, which transformers brings (extra: verify)")
+
+    def refuse(line):
+        raise ValueError(line)
+
+    def render(template, *parts):
+        chat = [dict(role="user", content=[dict(type="text", text="What is "), *parts])]
+        made = jinja2.Environment().from_string(template)
+        return made.render(messages=chat, bos_token="<|begin_of_text|>", raise_exception=refuse)
+
+    text, image = llama4_hf.CHAT_TEMPLATE, dict(type="image")
+    whole = text.replace(llama4_hf.NO_IMAGES, llama4_hf.IMAGES)
+    assert render(whole, image) == llama4_tokenizer.chat_text([dict(role="user", content="What is <|image|>")])
+    for template, part, message in ((text, image, "reads text alone"), (whole, dict(type="audio"), "images alone")):
+        with pytest.raises(ValueError, match=message):
+            render(template, part)
+
+
 def test_ranks_as_merges_give_the_same_ids():
     """Of a small vocabulary, with a token that is reached by no merges, but as a whole word."""
     library = pytest.importorskip("tokenizers", reason="needs tokenizers (extra: hf-tokenizers)")

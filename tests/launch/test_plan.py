@@ -42,12 +42,28 @@ def no_platform(monkeypatch):
         (f"plan distill {TINY}", "plan distill takes a run with one teacher, and pretrain:tiny has none"),
         (f"plan distill {TINY} --fast", "plan distill compiles nothing"),
         ("plan distill codistill:tiny --topology v5p:2x2x1 --mfu 2", "--mfu must be above 0, at most 1, not 2"),
+        (f"plan {TINY} --fast --weights int8", "--weights goes with plan serve pretrain:tiny"),
+        (f"plan serve {TINY} --fast", "plan serve compiles nothing"),
+        (f"plan serve {TINY} --context 8192", "scout reads at most 4,096 tokens, not --context 8192"),
+        (f"plan serve {TINY} --serve-batch 0", "serving: batch must be at least 1, not 0"),
+        (f"plan serve {TINY} --weights int4-g128 --model.expert-dim 192", "needs rows of a multiple of 128 weights"),
+        ("plan serve codistill:tiny --topology h100:1x8", "has several learners, name one of behemoth"),
     ],
 )  # fmt: skip
 def test_mistakes_take_one_line(line: str, message: str, capsys):
     assert cli.main(line.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and message in err, (out, err)
+
+
+def test_serving_is_planned(capsys, tmp_path: Path):
+    line = "plan serve pretrain:scout_8k --topology h100:1x1 --weights int4-g32 --context 131072 --context 1048576"
+    file = tmp_path / "serve.json"
+    assert cli.main([*line.split(), "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "one device; 1 sequence, weights in int4-g32" in out and "longest context that fits: " in out
+    assert [one["fits"] for one in json.loads(file.read_text())["needs"]] == [True, False]
+    assert [("DOES NOT FIT" in row) for row in out.splitlines()[3:5]] == [False, True]
 
 
 def test_a_plan_is_printed_and_written(capsys, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from training.export_params import save_hf
 from training.load import load_model
 
 NEW, CHUNK = 256, 48
-SCOUT = ModelConfig(vocab_size=512, embed_dim=64, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=16, dense_dim=96,
+SCOUT = ModelConfig(vocab_size=512, embed_dim=64, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, dense_dim=96,
                     expert_dim=64, num_experts=4, chunk=CHUNK, floor_scale=40, max_position=1024,
                     rope=Rope(10_000.0, 16.0, original=64))  # fmt: skip
 MODELS = {
@@ -29,12 +30,21 @@ PROMPTS = (1, 47, 100)
 """Lengths: from the first token on, just before a chunk's end, and over two chunks."""
 
 
+@pytest.fixture
+def torch():
+    """On one thread: for steps of one token, which threads spend waiting for each other."""
+    torch = pytest.importorskip("torch", reason="needs the extra [verify]")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_text_is_transformers_own(name: str, tmp_path: Path):
+def test_greedy_text_is_transformers_own(name: str, tmp_path: Path, torch: Any):
     """256 tokens from each prompt, in fp32, over five or six chunk boundaries each. Ties cannot decide: along the whole
     path the likeliest token leads the next by far more than the two implementations' logits differ."""
-    torch = pytest.importorskip("torch", reason="needs the extra [verify]")
     transformers = pytest.importorskip("transformers", reason="needs the extra [verify]")
     cfg = MODELS[name]
     tokenizer = SentencePieceTokenizer(train_bpe([f"a few words of text, number {n}" for n in range(300)], 320))
@@ -57,7 +67,7 @@ def test_greedy_text_is_transformers_own(name: str, tmp_path: Path):
             whole = theirs(torch.tensor([prompt + new[:-1]])).logits[0, length - 1 :].numpy()
         logits = np.asarray(ours.logits(jax.numpy.asarray([prompt + new[:-1]])))[0, length - 1 :]
         best = np.sort(whole, axis=-1)
-        print(name, length, len(set(new)), (best[:, -1] - best[:, -2]).min(), np.abs(logits - whole).max())
+        print(name, length, len(set(new)), (best[:, -1] - best[:, -2]).min(), np.abs(logits - whole).max(), flush=True)
         assert out[0, length:].tolist() == new
         margin, difference = (best[:, -1] - best[:, -2]).min(), np.abs(logits - whole).max()
         assert margin > 3 * difference, (margin, difference)
