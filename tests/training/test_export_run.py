@@ -22,6 +22,7 @@ import configs
 from data.tokenizer import from_bytes, train_bpe
 from llama4_jax import hf
 from llama4_jax.config import ModelConfig, Rope, VisionConfig, with_vision
+from tools.quantised_loss import beside_transformers
 from tools.record_golden import our_state, random_weights
 from training import export, hf_import, quantised
 from training.checkpoint import Checkpoints, restore_params
@@ -246,6 +247,21 @@ def test_quantised_weights_are_near_and_read_back(imported, tmp_path, scheme):
             path = ("blocks", "layers", one.layer, *one.name.split("."))
             x, y = (w.read(path, (0,)) for w in (got, exact))
             assert np.sqrt(np.square(x - y).mean()) < bound * np.abs(y).max(), one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8", "fp8"])
+def test_compressed_tensors_reads_the_same_weights(imported, tmp_path, scheme):
+    """No tensor missing or left over, and the logits are our dequantised forward's, nearer than bf16 rounds."""
+    pytest.importorskip("compressed_tensors", reason="needs the extra [verify-quantised]")
+    name, _, run = imported
+    if name in ("behemoth", "vision"):
+        pytest.skip("two models suffice")
+    send(run, tmp_path / "q", quant=quantised.SCHEMES[scheme])
+    learner = replace(configs.find("pretrain:tiny").learners["scout"], model=MODELS[name])
+    texts = [np.random.default_rng(1).integers(0, 64, 40, dtype=np.int32)]
+    found = beside_transformers(tmp_path / "q", learner, load_hf(tmp_path / "q"), texts)
+    assert found["off"] < 1e-5 < found["rounding"], found
 
 
 def tensors_of_any(folder: Path) -> set[str]:
