@@ -8,8 +8,8 @@ held-out rows, by the program that evaluates in training. Where transformers and
 extra `verify-quantised`), transformers loads each quantised folder, too (fp32, eager attention, weights as
 compressed-tensors decompresses them), and its logits of `ROWS` held-out documents are set beside this project's on the
 weights dequantised here: the largest difference over the largest logit. Beside it stands what rounding those weights to
-bf16 changes here, which is as far as a reader that dequantises into bf16 may be off. Prints a Markdown table. The status
-is 1 where a scheme costs more than --most nats, or transformers is further off than that rounding.
+bf16 changes here, which is as far as a reader that dequantises into bf16 may be off. Prints a Markdown table. The
+status is 1 where a scheme costs more than --most nats, or transformers is further off than that rounding.
 """
 
 from __future__ import annotations
