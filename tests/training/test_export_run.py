@@ -44,7 +44,9 @@ SCOUT = ModelConfig(vocab_size=64, embed_dim=32, num_layers=4, num_heads=4, num_
                     rope=Rope(10_000.0, 16.0, original=32))  # fmt: skip
 MODELS = {
     "scout": SCOUT,
-    "maverick": replace(SCOUT, num_layers=8, num_experts=8, moe_every=2, qk_norm=False, rope=Rope(10_000.0)),
+    "maverick": replace(
+        SCOUT, dense_dim=64, num_layers=8, num_experts=8, moe_every=2, qk_norm=False, rope=Rope(10_000.0)
+    ),
     "behemoth": replace(SCOUT, embed_dim=48, num_layers=8, num_heads=8, expert_dim=64),
     "vision": with_vision(
         SCOUT,
