@@ -126,7 +126,7 @@ def _over_context(local: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """`local(q, k, v, cache, ...)` on each device's slots; all but the cache is the same everywhere."""
 
     def run(q, k, v, cache: Cache, *rest):
-        whole, spread = P(), Cache(SPREAD, SPREAD)
+        whole, spread = P(), Cache(SPREAD, SPREAD)  # pyright: ignore[reportArgumentType]
         over = partial(jax.shard_map, mesh=mesh, axis_names={CONTEXT}, check_vma=False)
         specs = (whole, whole, whole, spread, *[whole] * len(rest))
         return over(local, in_specs=specs, out_specs=(whole, spread))(q, k, v, cache, *rest)

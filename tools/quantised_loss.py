@@ -96,9 +96,10 @@ def beside_transformers(
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
+    theirs, info = loaded
     if any(info.values()):
         raise ValueError(f"transformers does not load {folder} whole: {info}")
     graphdef = nnx.split(abstract(learner.model))[0]
