@@ -67,7 +67,6 @@ def test_greedy_text_is_transformers_own(name: str, tmp_path: Path, torch: Any):
             whole = theirs(torch.tensor([prompt + new[:-1]])).logits[0, length - 1 :].numpy()
         logits = np.asarray(ours.logits(jax.numpy.asarray([prompt + new[:-1]])))[0, length - 1 :]
         best = np.sort(whole, axis=-1)
-        print(name, length, len(set(new)), (best[:, -1] - best[:, -2]).min(), np.abs(logits - whole).max(), flush=True)
         assert out[0, length:].tolist() == new
         margin, difference = (best[:, -1] - best[:, -2]).min(), np.abs(logits - whole).max()
         assert margin > 3 * difference, (margin, difference)
