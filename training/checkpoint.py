@@ -184,8 +184,8 @@ class Checkpoints:
                     for name, leaf in named.items()
                 },
             ),
-            data=ocp.args.JsonSave(dict(position)),
-            run=ocp.args.JsonSave(dict(record)),
+            data=ocp.args.JsonSave(json.loads(json.dumps(position))),  # written later, when the run has gone on with it
+            run=ocp.args.JsonSave(json.loads(json.dumps(record))),
         )
         try:
             self._orbax.save(_absolute(self.path(step)), args=items, force=True)

@@ -78,6 +78,17 @@ def test_saving_does_not_see_the_next_steps(saved):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_saving_does_not_see_what_later_becomes_of_a_place(saved, monkeypatch):
+    """Orbax writes JSON in the background, while the run goes on counting in the same lists and dictionaries."""
+    given, real = [], ocp.args.JsonSave
+    monkeypatch.setattr(ocp.args, "JsonSave", lambda item: given.append(item) or real(item))
+    place = {"guard": {"losses": {"scout": [2.5]}}}
+    with Checkpoints(saved.folder, keep=2) as checkpoints:
+        checkpoints.save(4, saved.state, place, run_record(saved.cfg, HASH))
+        place["guard"]["losses"]["scout"].append(2.25)
+        assert given[0] == {"guard": {"losses": {"scout": [2.5]}}}
+
+
 def test_only_the_newest_are_kept(saved):
     with Checkpoints(saved.folder, keep=2) as checkpoints:
         for step in (5, 7):
