@@ -27,11 +27,11 @@ STATES = {
 def write(folder: str, refresh: int, out: str = "") -> dict[str, Any]:
     """Write the page to `out` (default: board.html in the run's folder); returns `status.read`.
 
-    A page of a run that is through does not load itself again.
+    A page of a run that is complete does not load itself again.
     """
     found = status.read(folder)
     file = epath.Path(out) if out else epath.Path(folder) / "board.html"
-    file.write_text(build(found, refresh if found["state"] in status.UNDER_WAY else 0))
+    file.write_text(build(found, refresh if found["state"] != "complete" else 0))
     return found
 
 

@@ -9,8 +9,10 @@ from launch.render.job import Artefact, JobSpec
 
 
 def render(spec: JobSpec) -> Artefact:
-    """mpirun ends all processes when one fails, and hands SIGTERM on to them; the script hands it on to mpirun, and
-    starts nothing again then. Its first host is where they meet."""
+    """mpirun ends all processes when one fails: those that are still writing a checkpoint have `grace` seconds for it.
+    A SIGTERM of its own it would, as Open MPI 4, hand on after so long a wait, and SIGUSR2 it hands on at once, so that
+    this is what the script makes of being told to stop; it starts nothing again then. In a session of its own mpirun
+    does not hear a terminal's Ctrl-C beside that. The first host is where the processes meet."""
     if spec.platform == "tpu":
         raise ValueError(f"mpi runs on GPUs and CPUs, not on {spec.topology}: jobset, xpk, ray and tpu-vm run on TPUs")
     if spec.hosts > 1 and not spec.hostfile:
@@ -18,7 +20,7 @@ def render(spec: JobSpec) -> Artefact:
     total = spec.hosts * spec.processes
     where = ["--hostfile", spec.hostfile, "--map-by", f"ppr:{spec.processes}:node"] if spec.hostfile else []
     secrets = [word for name, _ in spec.secrets for word in ("-x", name)]
-    mpirun = shell.line("mpirun", "-np", str(total), *where, "--bind-to", "none", "--mca",
+    mpirun = shell.line("setsid", "mpirun", "-np", str(total), *where, "--bind-to", "none", "--mca",
                         "odls_base_sigkill_timeout", str(spec.grace), "-x", "JAX_COORDINATOR_ADDRESS",
                         *secrets)  # fmt: skip
     first = f"$(awk '!/^[[:space:]]*(#|$)/ {{ print $1; exit }}' {shlex.quote(spec.hostfile)})" if spec.hostfile else ""
@@ -29,20 +31,20 @@ def render(spec: JobSpec) -> Artefact:
         *([f"cd {shlex.quote(spec.workdir)} || exit 2"] if spec.workdir else []),
         *shell.required(spec),
         f'JAX_COORDINATOR_ADDRESS="{first or "localhost"}:{spec.port}"',
-        "export JAX_COORDINATOR_ADDRESS",
+        f"export JAX_COORDINATOR_ADDRESS PRTE_MCA_odls_base_sigkill_timeout={spec.grace}  # as Open MPI 5 names it",
         *shell.rank(spec, *([f"cd {shlex.quote(spec.workdir)} || exit 2"] if spec.workdir else [])),
         "",
         "job= stopped=0",
-        'stop() { stopped=1; kill -TERM "$job" 2>/dev/null; }',
-        "trap stop TERM",
-        "trap 'stopped=1' INT  # a terminal's reaches mpirun, too",
+        'stop() { stopped=1; kill -USR2 "$job" 2>/dev/null; }  # mpirun hands it on at once',
+        "trap stop TERM INT HUP",
         f"for ((attempt = 0; attempt <= {spec.restarts} && !stopped; attempt++)); do",
-        f"  (trap - TERM INT; exec {mpirun} bash -c {shell.CALL}) & job=$!",
+        "  began=$(date +%s)",
+        f"  (trap - TERM INT HUP; exec {mpirun} bash -c {shell.CALL}) & job=$!",
         '  [ "$stopped" = 0 ] || stop',
         '  while wait "$job"; status=$?; kill -0 "$job" 2>/dev/null; do :; done  # a signal ends a wait early',
         '  [ "$status" != 0 ] || exit 0',
         '  [ "$stopped" = 0 ] || break',
-        f"  {shell.line(spec.program, 'status', spec.folder, '--restart')} || break",
+        f"  {shell.restart(spec)} || break",
         "done",
         'exit "$status"',
     ]
