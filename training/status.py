@@ -103,7 +103,7 @@ def restart(found: Mapping[str, Any], since: float = 0.0, most: int | None = Non
         if not times or times[-1] < since - SKEW:
             return False, "this start did not begin: its log says why"
         if len(times) > most:
-            return False, f"it was started {len(times)} times"
+            return False, f"it was started {len(times)} time{'s' * (len(times) > 1)}"
     if found["state"] == "stopped":
         return True, f"it was stopped by {found['stopped'].get('signal', 'a signal')}"
     return True, "a process died"

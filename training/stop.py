@@ -23,7 +23,11 @@ from jax.experimental import multihost_utils
 from training import exits
 from training.status import STOPPED
 
-NAMES = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR2: signal.SIGTERM}
+NAMES: dict[int, signal.Signals] = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGUSR2: signal.SIGTERM,
+}
 """Signals that tell a run to stop, each by the name it is known by here."""
 
 

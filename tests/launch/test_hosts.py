@@ -102,7 +102,7 @@ def test_a_lone_worker_of_ray_that_fails_ends_the_job(status: int, times: int, f
     (place / "driver.py").write_text(ray.render(spec).text)
     line = [sys.executable, "-c", MORE_CPUS, str(place / "driver.py")]
     env = environment() | dict(PYTHONPATH=str(place))
-    done = subprocess.run(line, env=env, cwd=place, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(line, env=env, cwd=place, capture_output=True, text=True, timeout=1800)
     assert done.returncode == status, (done.stdout[-3000:], done.stderr[-3000:])
     assert [(place / rank).read_text() for rank in "01"] == ["started\n" * times] * 2
 

@@ -173,7 +173,7 @@ def test_what_was_refused_before_is_of_another_start(tmp_path: Path):
     (tmp_path / status.REFUSED).unlink()
     found = status.read(str(tmp_path))
     assert status.restart(found, started - 5, most=1, job="7")[0]
-    assert status.restart(found, started - 5, most=0, job="7") == (False, "it was started 1 times")
+    assert status.restart(found, started - 5, most=0, job="7") == (False, "it was started 1 time")
     for since, job in ((started + 400, "7"), (started - 5, "8")):
         assert status.restart(found, since, most=1, job=job) == (False, "this start did not begin: its log says why")
 
