@@ -45,7 +45,7 @@ def build(found: Mapping[str, Any], refresh: int = 0) -> str:
     run = Run(place)
     learners = entries([run])
     parts = [_progress(found, run, learners, now), *report.curves(learners), _hosts(found, now), _checkpoints(found),
-             report.lanes([run]), time_spent([run])]  # fmt: skip
+             *([report.lanes([run])] if run.contents else []), time_spent([run])]  # fmt: skip
     return page(run.name, _summary(found, now), parts, refresh)
 
 
