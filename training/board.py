@@ -52,7 +52,7 @@ def build(found: Mapping[str, Any], refresh: int = 0) -> str:
 def _summary(found: Mapping[str, Any], now: float) -> list[str]:
     last, steps = found["last"], found["steps"]
     of = f" of {steps:,}" if steps else ""
-    out = [f"It {STATES[found['state']]}, after step {found['step']:,}{of}."]
+    out = [f"After step {found['step']:,}{of} it {STATES[found['state']]}."]
     if found["refused"]:
         out.append(f"{found['refused'].get('who')}: {found['refused'].get('error')}.")
     if "seconds_per_step" in last and steps and found["state"] == "running":
