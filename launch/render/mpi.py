@@ -38,7 +38,7 @@ def render(spec: JobSpec) -> Artefact:
         f"export JAX_COORDINATOR_ADDRESS PRTE_MCA_odls_base_sigkill_timeout={spec.grace}  # as Open MPI 5 names it",
         *shell.rank(spec, *([f"cd {shlex.quote(spec.workdir)} || exit 2"] if spec.workdir else [])),
         "",
-        "job= stopped=0",
+        "job='' stopped=0",
         'stop() { stopped=1; kill -USR2 "$job" 2>/dev/null; }  # mpirun hands it on at once',
         "trap stop TERM INT HUP",
         f"for ((attempt = 0; attempt <= {spec.restarts} && !stopped; attempt++)); do",

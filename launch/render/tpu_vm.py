@@ -43,7 +43,7 @@ def render(spec: JobSpec) -> Artefact:
         "set -uo pipefail",
         *shell.rank(spec, *first),
         "",
-        "job= stopped=0",
+        "job='' stopped=0",
         f"stop() {{ stopped=1; [ -z \"$job\" ] || (trap '' TERM INT HUP; {term}); }}  # workers hear no terminal",
         "trap stop TERM INT HUP",
         f"for ((attempt = 0; attempt <= {spec.restarts} && !stopped; attempt++)); do",
