@@ -1,5 +1,6 @@
-"""`llama4 board RUN`: a page about a run that is under way, written anew as it goes; no server is needed to look at it.
+"""`llama4 board RUN`: a page about a run, written anew as it goes, or goes on; no server is needed to look at it.
 
+It ends with the run. One that was stopped, refused or not heard of may be started again, so that it is watched on.
 `--serve` shows it at an address of this machine, for a run whose folder a browser cannot open.
 """
 
@@ -28,10 +29,16 @@ def run(args: argparse.Namespace) -> int:
     if args.serve is not None:
         status.read(args.run)  # there is a run
         return serve(args.run, args.serve, args.every)
+    file, told = args.out or f"{args.run}/board.html", ""
     while True:
         found = board.write(args.run, 0 if args.once else args.every, args.out)
-        print(f"{args.out or f'{args.run}/board.html'}: {found['state']}, step {found['step']:,}", flush=True)
-        if args.once or found["state"] not in status.UNDER_WAY:
+        line = f"{file}: {found['state']}, step {found['step']:,}"
+        goes_on = not args.once and found["state"] != "complete"
+        if goes_on and found["state"] not in status.UNDER_WAY:
+            line += "; written anew once it goes on, until Ctrl-C"
+        if line != told:
+            print(told := line, flush=True)
+        if not goes_on:
             return 0
         time.sleep(args.every)
 

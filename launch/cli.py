@@ -5,10 +5,7 @@ so that `llama4 X --help` answers at once. A command with actions, `llama4 data 
 table like `COMMANDS` of such modules. Options that a command with `TAKES_OVERRIDES` does not know are fields of the
 run's configuration (`launch/overrides.py`); they arrive as `args.overrides`.
 
-Exit status: 0 done, 1 failed (diverged, not equal, its teacher gone, the disk full, or with the traceback of what
-nobody foresaw), 2 wrong input (one line on stderr), 70 ended by its watchdog or, of a job of several processes, one did
-not come or died of what nobody foresaw, a peer or a device that was lost: it may be started again; 75 stopped by
-SIGTERM with a checkpoint, to be started again, 130 stopped by Ctrl-C, 143 by SIGTERM.
+Exit statuses are those of `training/exits.py`; 130 is stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,6 +23,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from launch import overrides
+from training import exits
 from training.redact import redact
 
 COMMANDS = {
@@ -70,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         if launched := _of_several():
             traceback.print_exc()
-            launched.leave(launched.DIED)
+            launched.leave(exits.LOST)
         raise
     if launched := _of_several():
         launched.leave(status)
@@ -92,10 +90,10 @@ def _run(argv: list[str] | None) -> int:
         if not _is_input(error):
             raise
         _complain(" ".join(str(error).split()))
-        return 2
+        return exits.WRONG
     except FloatingPointError as error:
         _complain(error)
-        return 1
+        return exits.FAILED
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -103,7 +101,7 @@ def _run(argv: list[str] | None) -> int:
         if not _is_ours(error):
             raise
         _complain(error.strerror if error.errno else error)
-        return getattr(error, "status", 1)
+        return getattr(error, "status", exits.FAILED)
     except KeyboardInterrupt:
         print("llama4: stopped", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -14,16 +14,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 from launch import place as places
 from launch import preflight
 from launch.place import Place
+from training import exits
 
 if TYPE_CHECKING:
     from training.config import RunConfig
 
 WAIT = 300.0
 """Seconds to wait for the other processes, which may still be fetching an image; LLAMA4_START_TIMEOUT sets it."""
-DIED = 70
-"""Exit status of a process of several that died of what nobody foresaw: a peer gone, a device lost."""
-STOPPED = 75
-"""Exit status of a process that was stopped with a checkpoint, as all the others are."""
 joined = False
 """Whether this process has met others by jax.distributed."""
 _place: Place | None = None
@@ -179,7 +176,7 @@ def say(line: str) -> None:
 
 def leave(status: int) -> None:
     """End a process of several that failed, at once: else it would wait in JAX for the others, which wait for it."""
-    if status not in (0, STOPPED):
+    if status not in (exits.DONE, exits.STOPPED):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -34,10 +34,15 @@ class Place(NamedTuple):
     @property
     def job(self) -> str | None:
         """Its scheduler's name for it."""
-        return os.environ.get("SLURM_JOB_ID") or os.environ.get("JOBSET_NAME")
+        return job()
 
     def __str__(self) -> str:
         return f"rank {self.process} ({self.host})"
+
+
+def job(env: Mapping[str, str] = os.environ) -> str | None:
+    """The scheduler's name for the job that this process belongs to, the same for all of its starts."""
+    return next((env[name] for name in ("SLURM_JOB_ID", "JOBSET_NAME", "SKYPILOT_TASK_ID") if env.get(name)), None)
 
 
 ALONE = Place("alone", "", 1, 0, 0, "")

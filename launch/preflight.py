@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.place import Place
+from training import exits
 
 PACKAGES = ("llama4_jax", "training", "data", "configs", "launch")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-SKEW = 30.0
-"""Seconds that clocks may differ."""
 SAY = 10.0
 """Seconds between lines about what is waited for."""
 LINGER = 3.0
@@ -38,7 +37,7 @@ FOLDER = ".preflight"
 class Late(ConnectionError):
     """A process did not come, or cannot be reached: another start may go better."""
 
-    status = 70
+    status = exits.LOST
 
 
 def check_planned(place: Place, env: Mapping[str, str] = os.environ) -> None:
@@ -180,6 +179,8 @@ def _gather(server: socket.socket, links: list[socket.socket], place: Place, min
 
 def compare(reports: Mapping[int, Mapping[str, Any]]) -> str:
     """What is wrong between a rank and the first, in a line; empty where nothing is."""
+    from training.status import SKEW
+
     first = reports[0]
     zero = f"rank 0 ({first['host']})"
     for rank, theirs in sorted(reports.items()):

@@ -16,22 +16,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's folder")
     parser.add_argument("--restart", action="store_true",
                         help="whether the job, which has ended, should be started again: 0 if so, else 1")  # fmt: skip
+    parser.add_argument("--complete", action="store_true", help="whether it is complete: 0 if so, else 1")
+    parser.add_argument("--since", type=float, default=0.0, metavar="SECONDS", help="with --restart: when it was "
+                        "started, by date +%%s; what the folder says of earlier starts is not asked")  # fmt: skip
+    parser.add_argument("--most", type=int, metavar="N", help="with --restart: at most so often, for schedulers that "
+                        "do not count")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print all that is known as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    from launch.place import job
     from training import status
 
     if args.restart:
         try:
             found = status.read(args.run)
         except FileNotFoundError:
-            print(f"{args.run}: starting again: it had not begun")
-            return 0
-        again, why = status.restart(found)
+            again, why = args.most is None, "it had not begun"
+        else:
+            again, why = status.restart(found, args.since, args.most, job())
         print(f"{args.run}: {'starting again' if again else 'not started again'}: {why}")
         return 0 if again else 1
     found = status.read(args.run)
+    if args.complete:
+        print(f"{args.run}: {found['state']}")
+        return 0 if found["state"] == "complete" else 1
     print(json.dumps(found) if args.json else "\n".join(describe(found)))
     return 0
 

@@ -20,6 +20,7 @@ from typing import Any
 import configs
 from launch import distributed, overrides
 from launch.place import ALONE, Place
+from training import exits
 from training.config import RunConfig
 
 TAKES_OVERRIDES = True
@@ -130,10 +131,7 @@ def train(cfg: RunConfig, place: Place = ALONE, began: float = 0.0) -> dict[str,
 
 
 def status(summary: dict[str, Any]) -> int:
-    """Of the process: 0; 75 where SIGTERM stopped the run after a last checkpoint, to be started again; 130 where
-    Ctrl-C did."""
-    from training.stop import AGAIN
-
+    """Of the process: done, or stopped by SIGTERM after a last checkpoint, to be started again, or 130 by Ctrl-C."""
     if summary["signal"] == signal.SIGTERM:
-        return AGAIN
-    return 128 + summary["signal"] if summary["signal"] else 0
+        return exits.STOPPED
+    return 128 + summary["signal"] if summary["signal"] else exits.DONE

@@ -27,11 +27,11 @@ STATES = {
 def write(folder: str, refresh: int, out: str = "") -> dict[str, Any]:
     """Write the page to `out` (default: board.html in the run's folder); returns `status.read`.
 
-    A page of a run that is through does not load itself again.
+    A page of a run that is complete does not load itself again.
     """
     found = status.read(folder)
     file = epath.Path(out) if out else epath.Path(folder) / "board.html"
-    file.write_text(build(found, refresh if found["state"] in status.UNDER_WAY else 0))
+    file.write_text(build(found, refresh if found["state"] != "complete" else 0))
     return found
 
 
@@ -45,14 +45,14 @@ def build(found: Mapping[str, Any], refresh: int = 0) -> str:
     run = Run(place)
     learners = entries([run])
     parts = [_progress(found, run, learners, now), *report.curves(learners), _hosts(found, now), _checkpoints(found),
-             report.lanes([run]), time_spent([run])]  # fmt: skip
+             *([report.lanes([run])] if run.contents else []), time_spent([run])]  # fmt: skip
     return page(run.name, _summary(found, now), parts, refresh)
 
 
 def _summary(found: Mapping[str, Any], now: float) -> list[str]:
     last, steps = found["last"], found["steps"]
     of = f" of {steps:,}" if steps else ""
-    out = [f"It {STATES[found['state']]}, after step {found['step']:,}{of}."]
+    out = [f"After step {found['step']:,}{of} it {STATES[found['state']]}."]
     if found["refused"]:
         out.append(f"{found['refused'].get('who')}: {found['refused'].get('error')}.")
     if "seconds_per_step" in last and steps and found["state"] == "running":

@@ -214,7 +214,8 @@ def _steps(run: _Run, stage: _Stage) -> int:
             wait = time.perf_counter() - asked
             again = stage.cfg.safety.recheck_every
             train_step = rechecked(stage.train_step) if again and step % again == 0 else stage.train_step
-            with stop.nothing_to_save() if first else nullcontext():
+            marked = jax.profiler.StepTraceAnnotation("train", step_num=step)  # a trace's viewer goes by steps
+            with stop.nothing_to_save() if first else nullcontext(), marked:
                 stage.state, metrics = train_step(stage.state, batch, targets)
             run.checkpoints.check()
             report.finish()

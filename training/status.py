@@ -23,6 +23,8 @@ METRICS = "metrics.jsonl"
 """The run's records, a line for each."""
 HEARTBEATS = "heartbeats"
 """The folder in which every process says now and then what it does (`training/watchdog.py`)."""
+SKEW = 30.0
+"""Seconds that clocks of hosts may differ."""
 SILENT = 600.0
 """Seconds without a record after which a run is not believed to go on, or ten of its steps."""
 
@@ -81,12 +83,27 @@ def state(found: Mapping[str, Any], now: float | None = None) -> str:
     return "running" if now - heard < max(SILENT, 10 * found["last"].get("seconds_per_step", 0)) else "silent"
 
 
-def restart(found: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether a job that ended should be started again, and why."""
+def restart(found: Mapping[str, Any], since: float = 0.0, most: int | None = None, job: str | None = None
+            ) -> tuple[bool, str]:  # fmt: skip
+    """Whether a job that ended should be started again, and why.
+
+    What was refused before `since`, the time of the start that ended, is that of another start. Of one that is counted
+    nowhere else, `most` allows so many more than the first of `job`, each of which has to have begun.
+    """
+    refused = found["refused"]
+    if refused and refused.get("time", since) < since - SKEW:
+        found = {**found, "refused": None}
+        found["state"] = state(found)
     if found["state"] == "complete":
         return False, "it is complete"
     if found["refused"]:
         return False, f"it would fail again: {found['refused'].get('error')}"
+    if most is not None:
+        times = [start["time"] for start in found["starts"] if start.get("job") == job]
+        if not times or times[-1] < since - SKEW:
+            return False, "this start did not begin: its log says why"
+        if len(times) > most:
+            return False, f"it was started {len(times)} time{'s' * (len(times) > 1)}"
     if found["state"] == "stopped":
         return True, f"it was stopped by {found['stopped'].get('signal', 'a signal')}"
     return True, "a process died"

@@ -1,4 +1,7 @@
-"""Being told to stop: SIGTERM and SIGINT, at whatever a run is doing, on one process or on many."""
+"""Being told to stop: SIGTERM and SIGINT, at whatever a run is doing, on one process or on many.
+
+SIGUSR2 is SIGTERM by another name: launchers that end their processes at SIGTERM hand it on and wait, as mpirun does.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,15 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
+from training import exits
 from training.status import STOPPED
 
-AGAIN = 75
-"""Exit status of such a run (EX_TEMPFAIL). Schedulers that lose it, as srun does, have the marker."""
+NAMES: dict[int, signal.Signals] = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGUSR2: signal.SIGTERM,
+}
+"""Signals that tell a run to stop, each by the name it is known by here."""
 
 
 class Stop:
@@ -48,7 +56,7 @@ class Stop:
         wake.setblocking(False)
         self._wake, self._wake_before = wake, signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(self._wakes,), daemon=True, name="signals").start()
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {s: signal.signal(s, self._note) for s in NAMES}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,12 +93,12 @@ class Stop:
 
     def _note(self, number: int, _: Any) -> None:
         if jax.process_count() == 1:
-            self.signal = self.signal or number
+            self.signal = self.signal or NAMES[number]
 
     def _listen(self, wakes: socket.socket) -> None:
         while received := wakes.recv(1):
-            if received[0] in (signal.SIGTERM, signal.SIGINT):
-                self._receive(received[0])
+            if received[0] in NAMES:
+                self._receive(NAMES[received[0]])
         wakes.close()
 
     def _receive(self, number: int) -> None:
@@ -104,7 +112,7 @@ class Stop:
             if jax.process_index() == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self.mark(None)
-            os._exit(AGAIN)
+            os._exit(exits.STOPPED)
         self._note(number, None)
         text = f"\n{name}: stopping after this step, with a checkpoint; again to stop at once\n"
         os.write(2, text.encode())

@@ -1,25 +1,76 @@
 """Other programs' pages of runs, beside TensorBoard: trackio, Weights & Biases, MLflow, each imported when asked for.
 
-They get the same scalars as TensorBoard, from the first process. A tracker that fails does not end a run.
+They get the same scalars as TensorBoard, from the first process. A run does not depend on them: what cannot be asked
+for at all is refused before it begins, and one that does not start, fails, hangs or is slow costs it a line in the log.
 """
 
 from __future__ import annotations
 
 import importlib
+import queue
 import re
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
+
+from training.redact import redact
 
 KINDS = ("trackio", "wandb", "mlflow")
 """Also the names of the extras that bring them."""
+BEHIND = 1000
+"""Records that may wait for a tracker; more are left out."""
+LAST = 60.0
+"""Seconds that a tracker has for what is still to be told when the run ends."""
 
 
-class Tracker(NamedTuple):
-    """A run in a tracker."""
+class Tracker:
+    """A run in a tracker, to which a thread of its own talks."""
 
-    log: Callable[[int, Mapping[str, float]], object]
-    """A step's scalars."""
-    finish: Callable[[], object]
+    def __init__(self, kind: str, begin: Callable[[], tuple[Any, Any]], say: Callable[[str], object]):
+        """`begin` gives (what takes a step and its scalars, what ends the run there)."""
+        self._kind, self._say = kind, say
+        self._records: queue.SimpleQueue[tuple[int, Mapping[str, float]] | None] = queue.SimpleQueue()
+        self._spoken = False
+        self._thread = threading.Thread(target=self._work, args=(begin,), daemon=True, name=kind)
+        self._thread.start()
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """A step's scalars; returns at once."""
+        if not self._thread.is_alive():
+            return
+        if self._records.qsize() < BEHIND:
+            self._records.put((step, dict(scalars)))
+        else:
+            self._speak(f"is {BEHIND:,} records behind, and gets no more of them until it has caught up")
+
+    def finish(self) -> None:
+        """Wait until all is told, for `LAST` seconds at most."""
+        self._records.put(None)
+        self._thread.join(LAST)
+        if self._thread.is_alive():
+            self._say(f"{self._kind} did not take what it was told within {LAST:.0f} s; it may lack the last records")
+
+    def _work(self, begin: Callable[[], tuple[Any, Any]]) -> None:
+        try:
+            log, finish = begin()
+        except BaseException as error:  # some end the program
+            return self._speak("did not start, and the run goes on without it", error)
+        while (record := self._records.get()) is not None:
+            self._guarded(log, *record)
+        self._guarded(finish)
+
+    def _guarded(self, call: Callable[..., object], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except BaseException as error:
+            self._speak("failed, and the run goes on", error)
+
+    def _speak(self, what: str, error: BaseException | None = None) -> None:
+        """Of what is wrong with it, once."""
+        if not self._spoken:
+            why = "" if error is None else f": {' '.join(str(error).split()) or type(error).__name__}"
+            self._say(f"{self._kind} {what}{redact(why)}")
+        self._spoken = True
 
 
 def start(asked: str, run: str, config: Mapping[str, Any], say: Callable[[str], object] = print) -> Tracker:
@@ -36,10 +87,8 @@ def start(asked: str, run: str, config: Mapping[str, Any], say: Callable[[str], 
         if error.name != kind:
             raise
         raise ImportError(f"{kind} is not installed: pip install -e '.[{kind}]'") from None
-    log, finish = {"trackio": _trackio, "wandb": _wandb, "mlflow": _mlflow}[kind](
-        module, project or "llama4", _plain(run), config
-    )
-    return Tracker(_kept_going(kind, log, say), _kept_going(kind, finish, say))
+    begin = {"trackio": _trackio, "wandb": _wandb, "mlflow": _mlflow}[kind]
+    return Tracker(kind, lambda: begin(module, project or "llama4", _plain(run), config), say)
 
 
 def _trackio(module: Any, project: str, run: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -59,21 +108,6 @@ def _mlflow(module: Any, project: str, run: str, config: Mapping[str, Any]) -> t
     return lambda step, scalars: module.log_metrics(
         {_plain(n): x for n, x in scalars.items()}, step=step
     ), module.end_run
-
-
-def _kept_going(kind: str, call: Callable[..., object], say: Callable[[str], object]) -> Callable[..., None]:
-    """Calls that fail are spoken of once."""
-    failed: list[Exception] = []
-
-    def guarded(*arguments: Any) -> None:
-        try:
-            call(*arguments)
-        except Exception as error:
-            if not failed:
-                say(f"{kind} failed, and the run goes on: {' '.join(str(error).split()) or type(error).__name__}")
-            failed.append(error)
-
-    return guarded
 
 
 def _plain(name: str) -> str:

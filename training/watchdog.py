@@ -19,11 +19,8 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from training import status
+from training import exits, status
 
-STUCK = 70
-"""Exit status of a process that the watchdog ended."""
-FAILED = 1
 COMPILES = 1800.0
 """Least seconds for what may compile."""
 ENDS = 10.0
@@ -86,7 +83,7 @@ class Watchdog:
         if self._what.startswith("ending"):
             os.write(2, f"\nllama4: process {jax.process_index()} ends without waiting for the others\n".encode())
             sys.stdout.flush()
-            os._exit(FAILED)
+            os._exit(exits.FAILED)
         try:
             lines = [f"llama4: process {jax.process_index()}: nothing for {waited:.0f} s while {self._what} after step "
                      f"{self._step} (safety.stuck_after {self._seconds:.0f}); its stacks follow, and it ends",
@@ -94,7 +91,7 @@ class Watchdog:
             os.write(2, ("\n" + "\n".join(lines) + "\n").encode())
             faulthandler.dump_traceback(all_threads=True)
         finally:  # whatever is the matter with the heartbeats or with stderr
-            os._exit(STUCK)
+            os._exit(exits.LOST)
 
     def _others(self) -> Iterator[str]:
         """Which processes are behind, by their heartbeats."""

@@ -10,18 +10,16 @@ import yaml
 from launch.render import shell
 from launch.render.job import KINDS, Artefact, JobSpec
 from launch.render.sky import Block, Dumper
+from training import exits
 
 WORKERS = "workers"
-AGAIN = (70, 75, 134, 137, 139, 143)
-"""Exit codes after which a job is started again: a peer or device was lost (70), it stopped for a signal with a
-checkpoint (75), or died of one (SIGABRT, SIGKILL, SIGSEGV, SIGTERM). All others end it."""
 KILLED = 30
 """Seconds of a pod's grace that are left to the kubelet."""
 
 
 def render(spec: JobSpec) -> Artefact:
     """One pod a host, one Job a slice, and a failure policy in three steps: a pod that was disrupted (preempted,
-    drained) restarts the whole set and is not counted; one that ended with a code of `AGAIN` restarts it, at most
+    drained) restarts the whole set and is not counted; one that ended with a code of `exits.AGAIN` restarts it, at most
     `restarts` times; any other code ends it, since it would only fail again."""
     if not spec.image:
         raise ValueError("jobset needs --image: docker/ has a Dockerfile for each kind of accelerator")
@@ -42,7 +40,7 @@ def render(spec: JobSpec) -> Artefact:
         "podFailurePolicy": {"rules": [
             {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "NotIn",
-                                                  "values": [*AGAIN]}},
+                                                  "values": [*exits.AGAIN]}},
         ]},
         "template": {"spec": _pod(spec, each)},
     }  # fmt: skip

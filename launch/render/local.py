@@ -32,7 +32,7 @@ def render(spec: JobSpec) -> Artefact:
         "trap stop TERM",
         "trap 'stopped=1' INT  # a terminal's reaches the processes, too: told twice they would end at once",
         f"for ((attempt = 0; attempt <= {spec.restarts} && !stopped; attempt++)); do",
-        "  pids=() status=0",
+        "  pids=() status=0 began=$(date +%s)",
         f'  for ((i = 0; i < {total}; i++)); do (trap - TERM INT; rank "$i") & pids+=("$!"); done',
         '  [ "$stopped" = 0 ] || stop  # those, too, that were started since',
         '  while [ -n "$(jobs -pr)" ]; do',
@@ -44,7 +44,7 @@ def render(spec: JobSpec) -> Artefact:
         '  [ "$stopped" = 0 ] || { wait "${pids[0]}"; exit; }',
         '  for pid in "${pids[@]}"; do wait "$pid" || status=1; done  # some may have ended before they were watched',
         '  [ "$status" != 0 ] || exit 0',
-        f'  {shell.line(spec.program, "status", spec.folder, "--restart")} || exit "$status"',
+        f'  {shell.restart(spec)} || exit "$status"',
         "done",
         'exit "$status"',
     ]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from launch.render import shell
 from launch.render.job import Artefact, JobSpec
+from training import exits
 
 RAY_KINDS = {"v5e": "TPU-V5LITEPOD", "v5p": "TPU-V5P", "v6e": "TPU-V6E", "tpu7x": "TPU-V7X"}
 DRIVER = '''"""{about}"""
@@ -17,6 +18,7 @@ import sys
 
 JOB = {job}
 PROFILES = {profiles}
+FINAL, LOST = {final}, {lost}  # exit statuses that would come again; that of a worker which was lost
 
 
 def environment() -> None:
@@ -32,22 +34,23 @@ def environment() -> None:
             break
 
 
-def worker() -> None:
-    """The command; failures that would only come again are reported, others raised, after which Ray tries again."""
-    import ray.train
+class Ended(RuntimeError):
+    """The command ended with this exit status."""
 
+
+def worker() -> None:
+    """The command. One worker that raises ends the others, wherever they wait for it."""
     from launch.cli import main
 
-    status = main(JOB["argv"])
-    if status in (1, 2):
-        ray.train.report({{"status": status}})
-    elif status:
-        raise RuntimeError(f"llama4 ended with exit status {{status}}")
+    if status := main(JOB["argv"]):
+        raise Ended(status)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Exit status of the job: workers are started again, `restarts` times, unless one ended as it would again."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.exceptions import WorkerGroupError
     from ray.train.v2.jax import JaxConfig, JaxTrainer
 
     missing = [name for name in JOB["secrets"] if name not in os.environ]
@@ -55,13 +58,26 @@ if __name__ == "__main__":
         sys.exit(f"export {{', '.join(missing)}} first: the job needs what is secret in it")
     secrets = {{name: os.environ[name] for name in JOB["secrets"]}}
     ray.init(runtime_env={{"env_vars": secrets, "worker_process_setup_hook": environment}})
-    result = JaxTrainer(
-        worker,
-        jax_config=JaxConfig(**JOB["jax"]),
-        scaling_config=ScalingConfig(**JOB["scaling"]),
-        run_config=RunConfig(name=JOB["name"], failure_config=FailureConfig(max_failures=JOB["restarts"])),
-    ).fit()
-    sys.exit((result.metrics or {{}}).get("status", 0))
+    for attempt in range(JOB["restarts"] + 1):
+        try:
+            JaxTrainer(
+                worker,
+                jax_config=JaxConfig(**JOB["jax"]),
+                scaling_config=ScalingConfig(**JOB["scaling"]),
+                run_config=RunConfig(name=f"{{JOB['name']}}-{{attempt}}", failure_config=FailureConfig(max_failures=0)),
+            ).fit()
+            return 0
+        except WorkerGroupError as error:
+            print(error, file=sys.stderr, flush=True)
+            ends = [of.args[0] for of in error.worker_failures.values() if type(of).__name__ == "Ended"]
+            status = next((end for end in ends if end in FINAL), ends[0] if ends else LOST)
+            if status in FINAL:
+                break
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
 '''
 
 
@@ -80,7 +96,8 @@ def render(spec: JobSpec) -> Artefact:
         "scaling": _scaling(spec),
     }  # fmt: skip
     literal = pprint.pformat(job, width=100, sort_dicts=False)
-    text = DRIVER.format(about=shell.header(spec, "ray").removeprefix("# "), job=literal, profiles=shell.PROFILES)
+    text = DRIVER.format(about=shell.header(spec, "ray").removeprefix("# "), job=literal, profiles=shell.PROFILES,
+                         final=exits.FINAL, lost=exits.LOST)  # fmt: skip
     workdir = spec.workdir or "."
     submit = ["ray", "job", "submit", "--no-wait", "--submission-id", spec.name, "--working-dir", workdir]
     submit += ["--address", spec.cluster] if spec.cluster else []

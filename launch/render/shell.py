@@ -57,6 +57,11 @@ def flags(spec: JobSpec) -> str:
     return " ".join(filter(None, [ours, dict(spec.env).get("XLA_FLAGS", "")]))
 
 
+def restart(spec: JobSpec, *more: str) -> str:
+    """The question whether the job, which was started at $began and has ended, should be started again."""
+    return f'{line(spec.program, "status", spec.folder, "--restart", *more)} --since "$began"'
+
+
 def required(spec: JobSpec) -> list[str]:
     """Lines that end the script where a secret is not in the environment that it is started from."""
     return [f': "${{{name}:?is a secret that this job needs: export it first}}"' for name, _ in spec.secrets]

@@ -8,13 +8,18 @@ import yaml
 
 from launch.render import shell
 from launch.render.job import Artefact, JobSpec
+from training import exits
 
 SKY_KINDS = {"v5e": "tpu-v5litepod", "v5p": "tpu-v5p", "v6e": "tpu-v6e", "h100": "H100"}
 
 
 def render(spec: JobSpec) -> Artefact:
-    """`run` is executed on each node: SkyPilot says which one it is and where the others are. A machine that is taken
-    back does not count towards `restarts`."""
+    """`run` is executed on each node: SkyPilot says which one it is and where the others are.
+
+    It starts a job again, on new machines, without a bound after a status that is listed here, or with one after any.
+    Failures that may pass are to be told from those that would come again, and with a bound: so a node asks the run's
+    folder (`llama4 status --restart`), and ends with the status that is listed, or with another. A machine that is
+    taken back does not count towards `restarts`."""
     if spec.platform != "cpu" and spec.kind not in SKY_KINDS:
         raise ValueError(f"sky has no {spec.kind}; it runs on {', '.join(SKY_KINDS)} and CPUs")
     if spec.platform == "tpu" and spec.slices > 1:
@@ -25,7 +30,8 @@ def render(spec: JobSpec) -> Artefact:
     elif spec.platform == "tpu":
         resources["accelerators"] = f"{SKY_KINDS[spec.kind]}-{spec.slice_name.rpartition('-')[2]}:1"
     resources["job_recovery"] = {
-        "strategy": "EAGER_NEXT_REGION" if spec.spot else "FAILOVER", "max_restarts_on_errors": spec.restarts
+        "strategy": "EAGER_NEXT_REGION" if spec.spot else "FAILOVER", "max_restarts_on_errors": 0,
+        "recover_on_exit_codes": [exits.STOPPED],
     }  # fmt: skip
     if spec.image:
         resources["image_id"] = f"docker:{spec.image}"
@@ -52,22 +58,25 @@ def render(spec: JobSpec) -> Artefact:
 
 
 def _run(spec: JobSpec) -> list[str]:
-    """A node's script: its processes beside each other, each with its number."""
+    """A node's script: its processes beside each other, each with its number; then whether to start again."""
     path = [] if spec.image else ['export PATH="$PWD/.venv/bin:$PATH"']
-    if spec.platform == "tpu":  # the workers of a slice find each other by Google's metadata
-        return [*path, *shell.exports(spec), f"exec {shell.line(spec.program, *spec.argv)}"]
     total = spec.hosts * spec.processes
     meet = [f'export JAX_COORDINATOR_ADDRESS="$(head -n1 <<< "$SKYPILOT_NODE_IPS"):{spec.port}"',
             f"export JAX_NUM_PROCESSES={total}"]  # fmt: skip
-    if spec.processes == 1:
-        return [*path, *meet, 'export JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"', *shell.exports(spec),
-                f"exec {shell.line(spec.program, *spec.argv)}"]  # fmt: skip
-    number = f'export JAX_PROCESS_ID="$((SKYPILOT_NODE_RANK * {spec.processes} + $1))"'
-    return [*path, *meet, *shell.rank(spec, number), "pids=() status=0",
-            "trap 'kill -TERM \"${pids[@]}\" 2>/dev/null' TERM INT",
-            f'for ((i = 0; i < {spec.processes}; i++)); do (trap - TERM INT; rank "$i") & pids+=("$!"); done',
-            'while [ -n "$(jobs -pr)" ]; do wait -n; done  # a signal ends a wait early',
-            'for pid in "${pids[@]}"; do wait "$pid" || status=$?; done', 'exit "$status"']  # fmt: skip
+    number = [f'export JAX_PROCESS_ID="$((SKYPILOT_NODE_RANK * {spec.processes} + $1))"']
+    if spec.platform == "tpu":  # the workers of a slice find each other by Google's metadata
+        meet, number = [], []
+    return [
+        *path, *meet, *shell.rank(spec, *number), "began=$(date +%s) pids=() status=0",
+        "trap 'kill -TERM \"${pids[@]}\" 2>/dev/null' TERM INT",
+        f'for ((i = 0; i < {spec.processes}; i++)); do (trap - TERM INT; rank "$i") & pids+=("$!"); done',
+        'while [ -n "$(jobs -pr)" ]; do wait -n; done  # a signal ends a wait early',
+        'for pid in "${pids[@]}"; do wait "$pid" || status=$?; done',
+        '[ "$status" != 0 ] || exit 0',
+        f"{shell.restart(spec, '--most', str(spec.restarts))} && exit {exits.STOPPED}",
+        f'[ "$status" != {exits.STOPPED} ] || status={exits.FAILED}',
+        'exit "$status"',
+    ]  # fmt: skip
 
 
 class Block(str):

@@ -30,6 +30,8 @@ def render(spec: JobSpec) -> Artefact:
     state = shell.line(*vm, "describe", spec.name, *where, "--format=value(state)")
     delete = shell.line(*vm, "delete", spec.name, *where, "--quiet")
     ssh = shell.line(*vm, "ssh", spec.name, *where, "--worker=all")
+    # The brackets keep pkill from the shell that runs it.
+    term = shell.line(*vm, "ssh", spec.name, *where, "--worker=all", "--command=pkill -TERM -f '[l]lama4 train'")
     secrets = [
         f'{name}="$(gcloud secrets versions access latest --secret={place or name.lower()})" || exit 2; export {name}'
         for name, place in spec.secrets
@@ -41,25 +43,33 @@ def render(spec: JobSpec) -> Artefact:
         "set -uo pipefail",
         *shell.rank(spec, *first),
         "",
-        f"for ((attempt = 0; attempt <= {spec.restarts}; attempt++)); do",
+        "job='' stopped=0",
+        f"stop() {{ stopped=1; [ -z \"$job\" ] || (trap '' TERM INT HUP; {term}); }}  # workers hear no terminal",
+        "trap stop TERM INT HUP",
+        f"for ((attempt = 0; attempt <= {spec.restarts} && !stopped; attempt++)); do",
         f'  state=$({state} 2>/dev/null)',
         '  if [ "$state" != READY ]; then  # not there yet, or taken back',
         f'    [ -z "$state" ] || {delete}',
-        f"    for ((i = 0; i < {WAITS}; i++)); do",
+        f"    for ((i = 0; i < {WAITS} && !stopped; i++)); do",
         f'      if {create} || [ "$({state})" = READY ]; then break; fi  # it may be there, and not have been seen',
         "      sleep 60",
         "    done",
         "  fi",
-        f"  {ssh} --command={shell.CALL} && exit",
-        "  status=$?",
+        '  [ "$stopped" = 0 ] || break',
+        "  began=$(date +%s)",
+        f"  (trap '' TERM INT HUP; exec {ssh} --command={shell.CALL}) & job=$!",
+        '  [ "$stopped" = 0 ] || stop',
+        '  while wait "$job"; status=$?; kill -0 "$job" 2>/dev/null; do :; done  # a signal ends a wait early',
+        '  [ "$status" != 0 ] || exit 0',
+        '  [ "$stopped" = 0 ] || break',
         f'  [ "$({state} 2>/dev/null)" = READY ] || continue  # the slice is gone, not the job at fault',
-        f"  {shell.line(spec.program, 'status', spec.folder, '--restart')} || break",
+        f"  {shell.restart(spec)} || break",
         "done",
         'exit "${status:-1}"',
     ]  # fmt: skip
-    term = shell.line(*vm, "ssh", spec.name, *where, "--worker=all", "--command=pkill -TERM -f 'llama4 train'")
     return Artefact(
         f"{spec.name}.sh", "\n".join(lines) + "\n", ("bash", "{file}"), shell.line(spec.program, "status", spec.folder),
-        f"end the script, then {term}; the slice costs until {delete}", "the same command",
+        f"Ctrl-C, or SIGTERM to the script: all workers stop after a step, with a checkpoint; the slice costs until "
+        f"{delete}; from elsewhere {term}", "the same command",
         "the Google Cloud CLI (gcloud)",
     )  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from launch.render import shell
 from launch.render.job import Artefact, JobSpec
-from launch.render.jobset import AGAIN, KILLED
+from launch.render.jobset import KILLED
+from training import exits
 
 TYPES = {"v5e": "v5litepod"}
 
@@ -24,7 +25,7 @@ def render(spec: JobSpec) -> Artefact:
     words = ["xpk", "workload", "create", "--cluster", spec.cluster, "--workload", spec.name,
              "--docker-image", spec.image, "--tpu-type", device, "--num-slices", str(spec.slices),
              "--max-restarts", str(spec.restarts), "--restart-on-exit-codes",
-             ",".join(str(code) for code in AGAIN if code < 127),
+             ",".join(str(code) for code in exits.AGAIN if code not in exits.KILLED),
              "--termination-grace-period-seconds", str(spec.grace + KILLED)]  # fmt: skip
     where = ["--zone", spec.zone] if spec.zone else []
     where += ["--project", spec.project] if spec.project else []

@@ -19,6 +19,9 @@ import pytest
 from hosts import QUICK, losses, options, program
 from support import ROOT
 
+from launch.render import ray
+from launch.render.job import JobSpec
+
 pytestmark = pytest.mark.slow
 MORE_CPUS = (
     "import ray, runpy, sys; init = ray.init; ray.init = lambda **given: init(num_cpus=8, **given); "
@@ -70,6 +73,38 @@ def test_four_processes_train_what_one_trains(target: str, folder: Path, alone: 
     assert losses(folder / target) == pytest.approx(alone, rel=1e-6)
     start = json.loads((folder / target / "starts.jsonl").read_text())
     assert start["how"] == {"local": "explicit"}.get(target, target) and len(start["hosts"]) == 4
+
+
+LONE = """
+import pathlib
+def main(argv):
+    import jax
+    from jax.experimental import multihost_utils
+    with open(argv[-1] + f"/{jax.process_index()}", "a") as started:
+        started.write("started\\n")
+    if jax.process_index() == 1:
+        return STATUS
+    multihost_utils.sync_global_devices("never comes")
+    return 0
+"""
+
+
+@pytest.mark.parametrize("status, times", [(2, 1), (70, 2)])
+def test_a_lone_worker_of_ray_that_fails_ends_the_job(status: int, times: int, folder: Path):
+    """The others wait for it in a collective; its status is the job's, and one that would come again is not tried."""
+    if not importlib.util.find_spec("ray"):
+        pytest.skip("Ray is not installed: pip install 'ray[train]'")
+    place = folder / f"lone-{status}"
+    (place / "launch").mkdir(parents=True)
+    (place / "launch" / "__init__.py").write_text("")
+    (place / "launch" / "cli.py").write_text(LONE.replace("STATUS", str(status)))
+    spec = JobSpec("lone", ("train", str(place)), str(place), processes=2, restarts=1)
+    (place / "driver.py").write_text(ray.render(spec).text)
+    line = [sys.executable, "-c", MORE_CPUS, str(place / "driver.py")]
+    env = environment() | dict(PYTHONPATH=str(place))
+    done = subprocess.run(line, env=env, cwd=place, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == status, (done.stdout[-3000:], done.stderr[-3000:])
+    assert [(place / rank).read_text() for rank in "01"] == ["started\n" * times] * 2
 
 
 @pytest.mark.parametrize("target", ["local", "mpi"])

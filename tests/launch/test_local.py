@@ -1,4 +1,4 @@
-"""Scripts that start processes here (local, mpi, sky): what they make of one that fails, and of being told to stop."""
+"""Scripts that start processes (local, mpi, sky, tpu-vm): what they make of a failure, and of being told to stop."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.render import local, mpi, sky
+from launch.render import local, mpi, sky, tpu_vm
 from launch.render.job import JobSpec
 
 PROGRAM = """#!/bin/bash
+if [ "$3" = --complete ]; then exit 1; fi
 if [ "$1" = status ]; then exit $(cat again); fi
 echo "rank $JAX_PROCESS_ID" >> started
 {body}
@@ -75,7 +76,7 @@ COUNTS = """exec python3 -c '
 import signal, time
 def told(*_):
     print("told", file=open("told", "a"))
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
     signal.signal(number, told)
 print("ready", file=open("ready", "a"))
 until = time.monotonic() + 3
@@ -112,17 +113,62 @@ def test_told_to_stop_between_two_attempts(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("how", ["script", "group"])
 def test_mpi_told_to_stop_is_not_started_again(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """With a stub in place of mpirun, which is told once, and waited for."""
+    """With a stub in place of mpirun, which is told once, and waited for; by SIGUSR2, which it hands on at once."""
     script(tmp_path, monkeypatch, "", again=0)
-    (tmp_path / "mpirun").write_text(f"#!/bin/bash\nprintf 'a\\na\\n' >> started\n{COUNTS}\n")
+    by_usr2 = COUNTS.replace('print("told"', 'print("told", _[0]')
+    (tmp_path / "mpirun").write_text(f"#!/bin/bash\nprintf 'a\\na\\n' >> started\n{by_usr2}\n")
     (tmp_path / "mpirun").chmod(0o755)
     spec = JobSpec("a", ("train",), str(tmp_path / "run"), processes=2, program=str(tmp_path / "program"))
     (tmp_path / "job").write_text(mpi.render(spec).text)
     job = running(tmp_path, tmp_path / "job")
     ready(tmp_path, 1)
     (os.kill if how == "script" else os.killpg)(job.pid, signal.SIGTERM if how == "script" else signal.SIGINT)
-    assert job.wait(timeout=60) != 0
-    assert (tmp_path / "told").read_text() == "told\n" and starts(tmp_path) == 2
+    assert job.wait(timeout=60) == 75
+    assert (tmp_path / "told").read_text() == f"told {int(signal.SIGUSR2)}\n" and starts(tmp_path) == 2
+
+
+GCLOUD = """#!/bin/bash
+case "$*" in
+  *describe*) echo READY;;
+  *"--command=pkill "*) echo "$*" >> pkilled; kill -TERM "$(cat remote)";;
+  *" ssh "*) for w; do last=$w; done; echo $$ > remote; exec setsid bash -c "${last#--command=}";;
+  *) exit 1;;
+esac
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "group"])
+def test_the_workers_of_a_slice_are_told(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They do not hear the terminal of who started them, and are waited for; nothing is started again."""
+    counts = COUNTS.replace('ready"', 'started"')
+    script(tmp_path, monkeypatch, f"echo worker >> started\n{counts}", again=0)
+    (tmp_path / "gcloud").write_text(GCLOUD)
+    (tmp_path / "gcloud").chmod(0o755)
+    spec = JobSpec("a", ("train",), str(tmp_path / "run"), "v5p:4x4x4", 16, devices=4, zone="z",
+                   workdir=str(tmp_path), program=str(tmp_path / "program"))  # fmt: skip
+    (tmp_path / "job").write_text(tpu_vm.render(spec).text)
+    job = running(tmp_path, tmp_path / "job")
+    before = starts(tmp_path)
+    (os.kill if how == "script" else os.killpg)(job.pid, signal.SIGTERM if how == "script" else signal.SIGINT)
+    assert job.wait(timeout=60) == 75
+    assert (tmp_path / "told").read_text() == "told\n" and starts(tmp_path) == before
+    assert len((tmp_path / "pkilled").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "status, again, ends", [(2, 1, 2), (1, 1, 1), (70, 0, 75), (137, 0, 75), (75, 0, 75), (75, 1, 1), (0, 1, 0)]
+)
+def test_a_node_of_sky_ends_with_75_to_be_started_again(status: int, again: int, ends: int, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch):  # fmt: skip
+    """SkyPilot starts a job again after that status alone, and as often as it comes: a node answers for the bound."""
+    script(tmp_path, monkeypatch, f"exit {status}", again)
+    spec = JobSpec("a", ("train",), str(tmp_path / "run"), program=str(tmp_path / "program"), restarts=4)
+    task = yaml.safe_load(sky.render(spec).text)
+    assert task["resources"]["job_recovery"] | {"strategy": ""} == {
+        "strategy": "", "max_restarts_on_errors": 0, "recover_on_exit_codes": [75]}  # fmt: skip
+    env = os.environ | {"SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "a"}
+    assert subprocess.run(["bash", "-c", task["run"]], env=env, cwd=tmp_path).returncode == ends
+    assert "--restart --most 4 --since" in task["run"]
 
 
 def test_a_node_of_sky_waits_for_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

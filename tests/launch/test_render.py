@@ -32,7 +32,8 @@ STUBS = {  # of the clients: each runs what would be run on a host, once
               'exec bash -c "${last#--command=}";; '
               '*) echo secret;; esac',
     "scontrol": "exit 1",
-    "llama4": 'case "$1" in train) printf "%s\\0" "$@" > "$SEEN"; env -0 > "$SEEN.env";; *) exit 1;; esac',
+    "llama4": 'case "$1 ${@: -1}" in train*) printf "%s\\0" "$@" > "$SEEN"; env -0 > "$SEEN.env";; '
+              '*--complete) ;; *) exit 1;; esac',
 }  # fmt: skip
 
 
@@ -150,7 +151,7 @@ def test_words_arrive_as_they_are(tmp_path: Path, job: tuple[str, dict[str, Any]
         literal = next(n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "JOB")
         plan = ast.literal_eval(literal)
         assert tuple(plan["argv"]) == spec.argv and dict(spec.env).items() <= plan["env"].items()
-        assert len(tree.body) == 9
+        assert len(tree.body) == 12
         return
     run(target, made.text, tmp_path)
     seen = (tmp_path / "seen").read_bytes().split(b"\0")[:-1]

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from launch import cli
 from training import board, goodput, profile, status, trackers
 from training.page import page
 
@@ -132,8 +134,48 @@ def test_the_board_of_a_run(tmp_path: Path):
     status.refuse(str(tmp_path), "rank 1 (n2)", ValueError("a <script>"))
     board.write(str(tmp_path), 30)
     html = (tmp_path / "board.html").read_text()
-    assert "refresh" not in html and "heard of, ago" not in html and "a &lt;script&gt;" in html
-    assert "refresh" not in page("a", [], [])
+    assert "heard of, ago" not in html and "a &lt;script&gt;" in html and 'content="30"' in html, "it may go on"
+    complete = run(tmp_path, metrics=[record(20, 1050.0)]) / "checkpoints" / "20"
+    complete.mkdir(parents=True)
+    (complete / "manifest.json").write_text("{}")
+    board.write(str(tmp_path), 30)
+    assert "refresh" not in (tmp_path / "board.html").read_text() and "refresh" not in page("a", [], [])
+
+
+def test_the_board_of_a_stopped_run_sees_it_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                   monkeypatch: pytest.MonkeyPatch):  # fmt: skip
+    run(tmp_path, config=CONFIG, starts=[dict(time=1000.0, how="local")], metrics=[record(7, 1010.0)],
+        requeue=dict(step=7, signal="SIGTERM", time=1020.0))  # fmt: skip
+
+    def later(_: float, ends: list[str] = ["stopped", "running", "complete"]):  # noqa: B006
+        match ends.pop(0):
+            case "running":
+                (tmp_path / "requeue.json").unlink()
+                run(tmp_path, metrics=[record(8, time.time())])
+            case "complete":
+                (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+                (tmp_path / "checkpoints" / "20" / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr("launch.board.time.sleep", later)
+    assert cli.main(["board", str(tmp_path)]) == 0
+    states = [line.split(": ")[1].split(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert states == ["stopped", "running", "complete"]
+
+
+def test_what_was_refused_before_is_of_another_start(tmp_path: Path):
+    """A start that was refused says nothing of the next one; one that is counted begins at most so often."""
+    started = time.time() - 500
+    run(tmp_path, config=CONFIG, starts=[dict(time=started, how="explicit", job="7")], metrics=[record(7, started)])
+    status.refuse(str(tmp_path), "rank 0", ValueError("x"))
+    found = status.read(str(tmp_path))
+    assert not status.restart(found)[0] and not status.restart(found, time.time() - 10)[0]
+    assert status.restart(found, time.time() + 100) == (True, "a process died")
+    (tmp_path / status.REFUSED).unlink()
+    found = status.read(str(tmp_path))
+    assert status.restart(found, started - 5, most=1, job="7")[0]
+    assert status.restart(found, started - 5, most=0, job="7") == (False, "it was started 1 time")
+    for since, job in ((started + 400, "7"), (started - 5, "8")):
+        assert status.restart(found, since, most=1, job=job) == (False, "this start did not begin: its log says why")
 
 
 def test_a_board_before_the_first_record(tmp_path: Path):
@@ -218,7 +260,34 @@ def test_a_tracker_that_fails_is_spoken_of_once(monkeypatch: pytest.MonkeyPatch)
     tracker = trackers.start("trackio", "run", {}, said.append)
     tracker.log(1, {})
     tracker.log(2, {})
+    tracker.finish()
     assert said == ["trackio failed, and the run goes on: no network"]
+
+
+def test_a_tracker_that_does_not_start_is_done_without(monkeypatch: pytest.MonkeyPatch):
+    def init(**_: object):
+        raise SystemExit("not logged in,\nhf_" + "a" * 34)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    said: list[str] = []
+    tracker = trackers.start("wandb", "run", {}, said.append)
+    tracker.log(1, {})
+    tracker.finish()
+    assert len(said) == 1 and said[0].startswith("wandb did not start, and the run goes on without it: not logged in,")
+    assert "aaaa" not in said[0]
+
+
+def test_a_tracker_that_hangs_holds_up_nothing(monkeypatch: pytest.MonkeyPatch):
+    hangs, said = threading.Event(), []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: hangs.wait() and Fake("run")))
+    monkeypatch.setattr(trackers, "LAST", 0.05)
+    tracker = trackers.start("wandb", "run", {}, said.append)
+    for step in range(trackers.BEHIND + 2):
+        tracker.log(step, {})
+    tracker.finish()
+    hangs.set()
+    assert [line.split(",")[0] for line in said] == ["wandb is 1", "wandb did not take what it was told within 0 s; "
+                                                     "it may lack the last records"]  # fmt: skip
 
 
 def test_unknown_and_missing_trackers(monkeypatch: pytest.MonkeyPatch):
