@@ -165,7 +165,7 @@ class Learner:
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over the mesh; bfloat16 halves that traffic."""
     attention: Literal["auto", "blockwise", "splash", "cudnn", "mosaic_gpu", "reference"] = "auto"
-    """Attention kernel; auto: splash on TPU, mosaic_gpu on GPU, blockwise elsewhere."""
+    """Attention kernel; auto: splash on TPU, mosaic_gpu on GPU in bfloat16, blockwise elsewhere."""
     exchange: Literal["auto", "gather", "mirror", "heads"] = "auto"
     """What crosses mesh.context in global layers: keys and values, with the causal work as it lies (gather) or dealt
     out evenly (mirror); or heads in exchange for sequence (heads). auto: heads on GPU where they divide, else

@@ -9,7 +9,7 @@ import yaml
 from launch.render import shell
 from launch.render.job import Artefact, JobSpec
 
-SKY_KINDS = {"v5e": "tpu-v5litepod", "v5p": "tpu-v5p", "v6e": "tpu-v6e", "h100": "H100"}
+SKY_KINDS = {"v5e": "tpu-v5litepod", "v5p": "tpu-v5p", "v6e": "tpu-v6e", "h100": "H100", "h200": "H200"}
 
 
 def render(spec: JobSpec) -> Artefact:
