@@ -30,6 +30,8 @@ class Tile(NamedTuple):
     stages: int  # fetched ahead
 
 
+# Measured on an H200 (docs/performance.md): tiles of 128 x 128 and fewer stages are slower. Four stages of 48 KiB are
+# what a Hopper streaming multiprocessor holds.
 ROWS_TILE = 128
 PRODUCT = Tile(ROWS_TILE, 256, 128, warps=8, stages=4)
 GRADIENT = Tile(128, 256, 128, warps=8, stages=4)
