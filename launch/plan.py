@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     overrides.add_name(parser, also=", or the word distill or serve and one", nargs="*", action=_Name)
     parser.usage = f"{parser.prog} [distill|serve] NAME --topology KIND:SHAPE [--FIELD VALUE ...] [options]"
     parser.add_argument("--topology", required=True, metavar="KIND:SHAPE",
-                        help="v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x8, h100:HOSTSx8 or h100:1x1 (h200)")  # fmt: skip
+                        help="v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x8, h100:HOSTSx8 or 1x1, h200:...")  # fmt: skip
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--fast", action="store_true", help="by formulas alone, in a few seconds; nothing is compiled")
     how.add_argument("--search", action="store_true",
