@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", metavar="DIR", default="launches", help="where the file is kept (default: launches)")
     size = parser.add_argument_group("how many, and of what")
     size.add_argument("--topology", default="", metavar="KIND:SHAPE",
-                      help="v5e:4x8, v5p:4x8x8, v6e:16x16, tpu7x:4x4x8, h100:HOSTSx8; without it CPUs")  # fmt: skip
+                      help="v5e:4x8, v5p:4x8x8, v6e:16x16, tpu7x:4x4x8, h100:HOSTSx8, h200:...; else CPUs")  # fmt: skip
     size.add_argument("--slices", type=int, default=1, metavar="N", help="of TPUs, each with the topology (default: 1)")
     size.add_argument("--hosts", type=int, metavar="N", help="default: what the topology and slices have, or 1")
     size.add_argument("--processes", type=int, default=1, metavar="N", help="on each host (default: 1)")

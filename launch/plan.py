@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     overrides.add_name(parser, also=", or the word distill or serve and one", nargs="*", action=_Name)
     parser.usage = f"{parser.prog} [distill|serve] NAME --topology KIND:SHAPE [--FIELD VALUE ...] [options]"
     parser.add_argument("--topology", required=True, metavar="KIND:SHAPE",
-                        help="v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x8, h100:HOSTSx8 or h100:1x1")  # fmt: skip
+                        help="v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x8, h100:HOSTSx8 or 1x1, h200:...")  # fmt: skip
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--fast", action="store_true", help="by formulas alone, in a few seconds; nothing is compiled")
     how.add_argument("--search", action="store_true",
@@ -235,7 +235,8 @@ def _compiled_collectives(plan: dict[str, Any]) -> list[str]:
         return []
     if not (rows := plan["compiled"]["collectives"][:10]):
         return ["as compiled: the compiler wrote none down"]
-    note = "" if plan["topology"].startswith("h100") else "; a TPU's may write gathers and scatters as all_reduce"
+    gpus = plan["topology"].startswith(("h100", "h200"))
+    note = "" if gpus else "; a TPU's may write gathers and scatters as all_reduce"
     head = "as compiled, if each is sent as it is written, and every layer is of the kind that sends most"
     return [f"{head}{note}", *_collectives(rows)]
 

@@ -36,18 +36,18 @@ def no_device_needed() -> None:
 
 def check_compiler(topology: str) -> None:
     """ValueError, in a line, where the package that compiles for such devices is not installed."""
-    extra, packages = ("cuda", GPU_PLUGINS) if topology.startswith("h100") else ("tpu", ("libtpu",))
+    extra, packages = ("cuda", GPU_PLUGINS) if topology.partition(":")[0] in h100.KINDS else ("tpu", ("libtpu",))
     if not any(importlib.util.find_spec(name) for name in packages):
         raise ValueError(f"compiling for {topology} needs {' or '.join(packages)}: pip install -c constraints.txt "
                          f"-e '.[{extra}]', or take --fast, which compiles nothing")  # fmt: skip
 
 
 def devices_of(topology: str) -> list[Any]:
-    """Devices to compile for: the chips of v5p:4x4x8 and the like (needs the package libtpu, no TPU), h100:HOSTSx8 (the
-    extra `cuda`, no GPU)."""
+    """Devices to compile for: the chips of v5p:4x4x8 and the like (needs the package libtpu, no TPU), h100:HOSTSx8 or
+    h200:HOSTSx8 (the extra `cuda`, no GPU)."""
     kind, _, shape = topology.partition(":")
-    if kind == "h100":
-        return h100.topology(*(int(n) for n in shape.split("x")))
+    if kind in h100.KINDS:
+        return h100.topology(*(int(n) for n in shape.split("x")), kind=kind)
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
 
 

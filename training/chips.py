@@ -45,7 +45,7 @@ class Chip:
 # tpu7x are not on those pages and left out. v5e's bandwidth reads 819 GB/s or 800 GiB/s.
 # H100 SXM: NVIDIA's H100 data sheet, dense (its 1,979 and 3,958 are with sparsity): 80 GB, 3.35 TB/s, NVLink 900 GB/s
 # both ways; its figures were found quoted, not on NVIDIA's own page. Network: one 400 Gb/s adapter a GPU as in a DGX
-# H100; other hosts differ.
+# H100; other hosts differ. H200 SXM: the same processor beside 141 GB at 4.8 TB/s (found quoted likewise).
 CHIPS: dict[str, Chip] = {
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), bf16=197 * TERA, int8=393 * TERA, hbm=16 * GB, hbm_rate=819 * GB,
                 link=50 * GB, torus=2, ring=16, network=25 / 8 * GB, host=8),
@@ -57,9 +57,11 @@ CHIPS: dict[str, Chip] = {
                   link=100 * GB, torus=3, ring=4, network=100 / 8 * GB, host=4, devices=2),
     "h100": Chip(("NVIDIA H100",), bf16=989 * TERA, fp8=1979 * TERA, int8=1979 * TERA, hbm=80 * GB, hbm_rate=3350 * GB,
                  link=450 * GB, network=400 / 8 * GB, host=8),
+    "h200": Chip(("NVIDIA H200",), bf16=989 * TERA, fp8=1979 * TERA, int8=1979 * TERA, hbm=141 * GB, hbm_rate=4800 * GB,
+                 link=450 * GB, network=400 / 8 * GB, host=8),
 }  # fmt: skip
 OTHER_PEAKS = {
-    "NVIDIA H100 PCIe": 756.0, "NVIDIA H100 NVL": 835.0, "NVIDIA H200": 989.0, "NVIDIA A100": 312.0,
+    "NVIDIA H100 PCIe": 756.0, "NVIDIA H100 NVL": 835.0, "NVIDIA H200 NVL": 835.0, "NVIDIA A100": 312.0,
 }  # fmt: skip
 """Dense bf16 TFLOP/s of kinds of devices of which nothing else is needed; vendors' data sheets."""
 

@@ -165,7 +165,7 @@ class Learner:
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over the mesh; bfloat16 halves that traffic."""
     attention: Literal["auto", "blockwise", "splash", "cudnn", "mosaic_gpu", "reference"] = "auto"
-    """Attention kernel; auto: splash on TPU, mosaic_gpu on GPU, blockwise elsewhere."""
+    """Attention kernel; auto: splash on TPU, mosaic_gpu on GPU in bfloat16, blockwise elsewhere."""
     exchange: Literal["auto", "gather", "mirror", "heads"] = "auto"
     """What crosses mesh.context in global layers: keys and values, with the causal work as it lies (gather) or dealt
     out evenly (mirror); or heads in exchange for sequence (heads). auto: heads on GPU where they divide, else
@@ -174,8 +174,8 @@ class Learner:
     """The experts' matmul; auto: megablox on TPU, triton on GPU, blocks elsewhere."""
     quant: Literal["none", "fp8", "int8"] = "none"
     """Eight bits in the matmuls of attention's projections, of SwiGLU and of the experts, forward and backward: fp8 on
-    H100 and TPU7x, int8 on TPU v5e, v5p and v6e; CPUs emulate both. The embedding, attention's scores and values, the
-    router and the head are not quantised. Needs the extra quant."""
+    H100, H200 and TPU7x, int8 on TPU v5e, v5p and v6e; CPUs emulate both. The embedding, attention's scores and values,
+    the router and the head are not quantised. Needs the extra quant."""
     dispatch: Literal["fsdp", "all_to_all", "ragged_all_to_all"] = "fsdp"
     """How tokens and experts meet: the experts' weights are gathered and no token is dropped (fsdp), or tokens travel
     over mesh.expert, in buffers of `capacity`."""

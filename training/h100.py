@@ -1,4 +1,4 @@
-"""Compiling for H100s on a machine without one: a topology of devices to lower for, and libraries told of them.
+"""Compiling for H100s and H200s on a machine without one: a topology to lower for, and libraries told of it.
 
     with cross_compiling():
         compiled = jax.jit(f).lower(*arguments_on(topology(hosts=8))).compile()
@@ -20,12 +20,24 @@ from jax.experimental import topologies
 
 TARGET = Path(__file__).with_name("h100_target_config.txtpb")
 """What XLA knows of an H100 SXM of 80 GB: a GpuTargetConfigProto in text form."""
+KINDS: dict[str, dict[str, str]] = {
+    "h100": {},
+    "h200": {  # the same processor with another memory; its size as nvidia-smi has it
+        "memory_bandwidth: 3352320000000": "memory_bandwidth: 4800000000000",
+        "device_memory_size: 84942979072": f"device_memory_size: {143771 * 2**20}",
+        "NVIDIA H100 80GB HBM3": "NVIDIA H200",
+    },
+}
+"""What of it reads otherwise, by kind."""
 
 
-def topology(hosts: int, gpus: int = 8) -> list[Any]:
-    """`hosts` nodes of `gpus` H100s; every collective between nodes is taken for one over the network."""
+def topology(hosts: int, gpus: int = 8, kind: str = "h100") -> list[Any]:
+    """`hosts` nodes of `gpus` of a kind; every collective between nodes is taken for one over the network."""
+    target = TARGET.read_text()
+    for as_h100, here in KINDS[kind].items():
+        target = target.replace(as_h100, here)
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", target_config=TARGET.read_text(), topology=f"1x{hosts}x{gpus}"
+        platform="cuda", topology_name=kind, target_config=target, topology=f"1x{hosts}x{gpus}"
     ).devices
 
 

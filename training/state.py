@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from data.batch import Batch
 from llama4_jax.axes import RULES, Execution
 from llama4_jax.config import ModelConfig
+from llama4_jax.kernels.attention.mosaic_gpu import MAX_HEAD_DIM
 from llama4_jax.quant import check_device
 from llama4_jax.text import Output, Transformer, abstract
 from training import weighting
@@ -58,9 +59,12 @@ def execution(learner: Learner, mesh: Mesh) -> Execution:
     check_device(learner.quant, mesh.devices.flat[0])
     platform = mesh.devices.flat[0].platform
     platform = "gpu" if platform == "cuda" else platform
+    best = BACKENDS[platform]
+    if platform == "gpu" and not suits_mosaic(learner):
+        best = best._replace(attention="blockwise")
     chosen = {
-        name: best if getattr(learner, name) == "auto" else getattr(learner, name)
-        for name, best in BACKENDS[platform]._asdict().items()
+        name: one if getattr(learner, name) == "auto" else getattr(learner, name)
+        for name, one in best._asdict().items()
     }
     if learner.exchange == "auto" and not deals_heads(learner.model, mesh):
         chosen["exchange"] = "mirror"
@@ -69,6 +73,11 @@ def execution(learner: Learner, mesh: Mesh) -> Execution:
         dispatch=learner.dispatch, capacity=learner.capacity, quant=learner.quant, platform=platform,
         rules=storage_rules(learner.model, mesh.shape),
     )  # fmt: skip
+
+
+def suits_mosaic(learner: Learner) -> bool:
+    """Whether the GPU's best attention kernel takes such numbers and heads."""
+    return learner.compute_dtype == "bfloat16" and learner.model.head_dim <= MAX_HEAD_DIM
 
 
 def storage_rules(model: ModelConfig, sizes: Mapping[str, int]) -> Mapping[str, tuple[str, ...]]:

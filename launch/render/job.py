@@ -41,6 +41,7 @@ KINDS = {
     "v6e": Kind("tpu-v6e-slice", "v6e", 1, "v2-alpha-tpuv6e"),
     "tpu7x": Kind("tpu7x", "", 2),
     "h100": Kind("nvidia-h100-mega-80gb", ""),
+    "h200": Kind("nvidia-h200-141gb", ""),
 }
 
 

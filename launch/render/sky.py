@@ -10,7 +10,7 @@ from launch.render import shell
 from launch.render.job import Artefact, JobSpec
 from training import exits
 
-SKY_KINDS = {"v5e": "tpu-v5litepod", "v5p": "tpu-v5p", "v6e": "tpu-v6e", "h100": "H100"}
+SKY_KINDS = {"v5e": "tpu-v5litepod", "v5p": "tpu-v5p", "v6e": "tpu-v6e", "h100": "H100", "h200": "H200"}
 
 
 def render(spec: JobSpec) -> Artefact:

@@ -20,7 +20,10 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn_calls
 from llama4_jax.kernels.attention import cudnn, mosaic_gpu, reference
 from llama4_jax.kernels.grouped_matmul import triton
 
-pytestmark = pytest.mark.filterwarnings("ignore:The out_shape and scratch_shapes:DeprecationWarning")  # tokamax's
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The out_shape and scratch_shapes:DeprecationWarning"),  # tokamax's
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
 
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="numbers of GPU kernels need a GPU")
 off_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="stand-ins and interpreters are for CPUs")
@@ -239,10 +242,11 @@ def temporaries_on_h100(f, *shapes: tuple[tuple[int, ...], str]) -> int:
     """Bytes of f forward and backward, differentiated by its arguments of floating point, compiled for one H100."""
     from training.h100 import cross_compiling, topology
 
-    here = jax.sharding.SingleDeviceSharding(topology(hosts=1)[0])
+    mesh = jax.sharding.Mesh(np.array(topology(hosts=1, gpus=1)), ("one",))
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     arguments = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=here) for shape, dtype in shapes]
     by = tuple(i for i, x in enumerate(arguments) if jnp.issubdtype(x.dtype, jnp.floating))
-    with cross_compiling():
+    with cross_compiling(), jax.set_mesh(mesh):
         gradient = jax.jit(jax.grad(lambda *a: f(*a).astype(jnp.float32).sum(), by))
         memory = gradient.lower(*arguments).compile().memory_analysis()
     assert memory is not None
@@ -285,9 +289,16 @@ def test_grouped_matmul_compiles_without_a_copy_of_the_weights():
 def test_attention_on_a_gpu(backend, shape):
     if backend is cudnn and shape[0] != shape[1]:
         pytest.skip("cudnn takes whole rows")
-    if backend is mosaic_gpu:
-        pytest.importorskip("tokamax")
+    if backend is mosaic_gpu and not importlib.util.find_spec("tokamax"):
+        pytest.skip("needs tokamax")
     assert_as_exact_as_the_reference(backend.attention, attention_inputs(*shape, H=128))
+
+
+@on_gpu
+@needs_tokamax
+@pytest.mark.parametrize("H", [32, 64])
+def test_heads_of_tiny_models_on_a_gpu(H):
+    assert_as_exact_as_the_reference(mosaic_gpu.attention, attention_inputs(256, 256, H=H))
 
 
 @on_gpu

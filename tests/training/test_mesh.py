@@ -10,11 +10,12 @@ import pytest
 
 from data.batch import FIELDS, Batch
 from llama4_jax.axes import MESH_AXES, REPLICA
+from llama4_jax.config import tiny_scout
 from training.chips import Device, devices
-from training.config import MeshConfig
+from training.config import Learner, MeshConfig
 from training.mesh import make_mesh, row_share
 from training.program import walk
-from training.state import abstract_state
+from training.state import abstract_state, execution
 from training.step import gradient
 
 
@@ -115,3 +116,17 @@ def test_a_gradient_crosses_slices_once_and_as_a_shard(make_run):
     assert {trips for _, axes, trips in operands if axes == (REPLICA,)} == {1}
     experts = cfg.learners["scout"].model.num_experts * cfg.learners["scout"].model.num_layers
     assert all(np.prod(shape) <= experts for shape, axes, _ in operands if axes != (REPLICA,))
+
+
+@pytest.mark.parametrize(
+    ("how", "attention"),
+    [
+        (dict(), "mosaic_gpu"),
+        (dict(compute_dtype="float32"), "blockwise"),
+        (dict(model=replace(tiny_scout(), head_dim=192)), "blockwise"),
+        (dict(compute_dtype="float32", attention="mosaic_gpu"), "mosaic_gpu"),  # which then says what it takes
+    ],
+)
+def test_gpus_attend_by_the_fastest_kernel_that_takes_such_numbers(how, attention):
+    learner = Learner(**(dict(model=tiny_scout()) | how))
+    assert execution(learner, make_mesh(MeshConfig(), devices("h100:1x1"))).attention == attention

@@ -16,6 +16,7 @@ GB = 1e9
 
 @pytest.mark.parametrize("name, slices, number", [
     ("v5p:4x4x8", 1, 128), ("v5p:4x4x8", 2, 256), ("v5e:16x16", 1, 256), ("tpu7x:4x4x4", 1, 128), ("h100:16x8", 1, 128),
+    ("h200:2x8", 1, 16), ("h200:1x4", 1, 4),
 ])  # fmt: skip
 def test_stand_ins_make_a_mesh(name, slices, number):
     found = devices(name, slices)
@@ -24,10 +25,12 @@ def test_stand_ins_make_a_mesh(name, slices, number):
     mesh = make_mesh(MeshConfig(replica=slices, fsdp=-1, tensor=4), found)
     assert mesh.size == number and chip_of(found[0].device_kind) is CHIPS[name.split(":")[0]]
     hosts = {x.process_index for x in found}
-    assert len(hosts) == number // CHIPS[name.split(":")[0]].devices // CHIPS[name.split(":")[0]].host
+    assert len(hosts) == -(-number // CHIPS[name.split(":")[0]].devices // CHIPS[name.split(":")[0]].host)
 
 
-@pytest.mark.parametrize("name", ["v5p", "v5p:4x4", "v5e:4x4x4", "h100:8x4", "h100:64", "v9:4x4", "v5p:0x4x4"])
+@pytest.mark.parametrize(
+    "name", ["v5p", "v5p:4x4", "v5e:4x4x4", "h100:8x4", "h100:1x3", "h100:64", "v9:4x4", "v5p:0x4x4"]
+)
 def test_what_is_no_device(name):
     with pytest.raises(ValueError, match=r"no devices .*v5p:4x4x4.*h100:HOSTSx8"):
         devices(name)
@@ -37,7 +40,8 @@ def test_sheets_by_the_kind_that_jax_names():
     assert chip_of("TPU v5 lite") is chip_of("TPU v5e") is CHIPS["v5e"]
     assert chip_of("TPU v5") is chip_of("TPU v5p") is CHIPS["v5p"]
     assert chip_of("NVIDIA H100 80GB HBM3") is CHIPS["h100"]
-    assert chip_of("NVIDIA H100 PCIe") is chip_of("cpu") is None
+    assert chip_of("NVIDIA H200") is CHIPS["h200"]
+    assert chip_of("NVIDIA H100 PCIe") is chip_of("NVIDIA H200 NVL") is chip_of("cpu") is None
     assert peak_flops("TPU7x") == 2307e12 / 2  # of a device, half a chip
 
 

@@ -3,12 +3,15 @@
 Rows are cut into tiles that never cross groups, so there are as many tiles as rows need and at most one more a group.
 Rows behind the last group are a group without a matrix: their outputs and gradients are zeros. A group without rows
 has a gradient of zeros. Nothing is read outside of the arrays, and weights are read as they lie, transposed in the
-tile. Tiles are untuned: 128 x 128, 128 bytes deep, what a Hopper streaming multiprocessor holds four stages of.
+tile.
 
 Letters beside the house's: X tiles of rows, I rows of a tile, J columns of a tile, C depth of a step.
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +19,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-ROWS_TILE = COLUMNS_TILE = 128
-DEPTH_BYTES = 128
+
+class Tile(NamedTuple):
+    """What one program computes of the result, and how."""
+
+    rows: int
+    columns: int
+    depth: int  # bytes of a step along what is summed
+    warps: int
+    stages: int  # fetched ahead
+
+
+# Measured on an H200 (docs/performance.md): tiles of 128 x 128 and fewer stages are slower. Four stages of 48 KiB are
+# what a Hopper streaming multiprocessor holds.
+ROWS_TILE = 128
+PRODUCT = Tile(ROWS_TILE, 256, 128, warps=8, stages=4)
+GRADIENT = Tile(128, 256, 128, warps=8, stages=4)
+FP32 = Tile(ROWS_TILE, 128, 128, warps=8, stages=4)
 BAND = 8
 """Tiles of rows that go through the columns together, so that they share the weights in L2."""
-PARAMS = plgpu.CompilerParams(num_warps=8, num_stages=4)
 
 
 def grouped_matmul(
@@ -78,16 +95,17 @@ def _times_weights(x_RD, w, group_sizes_E, transposed: bool):
     (R, D), E = x_RD.shape, w.shape[0]
     F = w.shape[1] if transposed else w.shape[2]
     tiles = row_tiles(group_sizes_E, R)
-    X, columns = len(tiles[0]), pl.cdiv(F, COLUMNS_TILE)
-    depth = DEPTH_BYTES // x_RD.dtype.itemsize
+    tile = PRODUCT if x_RD.dtype.itemsize == 2 else FP32
+    J, depth = tile.columns, tile.depth // x_RD.dtype.itemsize
+    X, columns = len(tiles[0]), pl.cdiv(F, J)
 
     def kernel(group_ref, first_ref, end_ref, x_ref, w_ref, out_ref):
         band, place = jnp.divmod(pl.program_id(0), BAND * columns)
         in_band = jnp.minimum(X - band * BAND, BAND)
-        tile, column = band * BAND + place % in_band, place // in_band
-        group, first, end = group_ref[tile], first_ref[tile], end_ref[tile]
+        run, column = band * BAND + place % in_band, place // in_band
+        group, first, end = group_ref[run], first_ref[run], end_ref[run]
         row_I = first + jnp.arange(ROWS_TILE, dtype=jnp.int32)
-        column_J = _span(column * COLUMNS_TILE, COLUMNS_TILE, F)
+        column_J = _span(column * J, J, F)
 
         @pl.when(first < end)
         def _():
@@ -103,8 +121,8 @@ def _times_weights(x_RD, w, group_sizes_E, transposed: bool):
                 return sum_IJ + plgpu.dot(x_IC, w_CJ, precision=_precision(x_ref.dtype))
 
             steps = pl.cdiv(D, depth) * (group < E).astype(jnp.int32)
-            sum_IJ = jax.lax.fori_loop(0, steps, step, jnp.zeros((ROWS_TILE, COLUMNS_TILE), jnp.float32))
-            all_J = column * COLUMNS_TILE + jnp.arange(COLUMNS_TILE, dtype=jnp.int32)
+            sum_IJ = jax.lax.fori_loop(0, steps, step, jnp.zeros((ROWS_TILE, J), jnp.float32))
+            all_J = column * J + jnp.arange(J, dtype=jnp.int32)
             inside_IJ = (row_I < end)[:, None] & (all_J < F)[None, :]
             plgpu.store(out_ref.at[row_I[:, None], all_J[None, :]], sum_IJ.astype(out_ref.dtype), mask=inside_IJ)
 
@@ -112,7 +130,7 @@ def _times_weights(x_RD, w, group_sizes_E, transposed: bool):
         kernel,
         out_shape=jax.ShapeDtypeStruct((R, F), x_RD.dtype),
         grid=(X * columns,),
-        compiler_params=PARAMS,
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         name="grouped_matmul_transposed" if transposed else "grouped_matmul",
     )(*tiles, x_RD, w)
 
@@ -120,31 +138,39 @@ def _times_weights(x_RD, w, group_sizes_E, transposed: bool):
 def _weights_gradient(x_RD, g_RF, group_sizes_E, dtype):
     """x[rows of e].T @ g[rows of e] for each group e."""
     (R, D), F, E = x_RD.shape, g_RF.shape[1], len(group_sizes_E)
-    depth = DEPTH_BYTES // x_RD.dtype.itemsize
+    tile = GRADIENT if x_RD.dtype.itemsize == 2 else FP32
+    I, J, depth = tile.rows, tile.columns, tile.depth // x_RD.dtype.itemsize  # noqa: E741
+    down, across = pl.cdiv(D, I), pl.cdiv(F, J)
     ends_E = jnp.cumsum(group_sizes_E).astype(jnp.int32)
 
     def kernel(first_ref, end_ref, x_ref, g_ref, out_ref):
-        group, i, j = (pl.program_id(axis) for axis in range(3))
+        group, place = jnp.divmod(pl.program_id(0), down * across)
+        band, place = jnp.divmod(place, BAND * across)
+        in_band = jnp.minimum(down - band * BAND, BAND)
+        i, j = band * BAND + place % in_band, place // in_band
         first, end = first_ref[group], end_ref[group]
-        row_I, column_J = _span(i * ROWS_TILE, ROWS_TILE, D), _span(j * COLUMNS_TILE, COLUMNS_TILE, F)
+        row_I, column_J = _span(i * I, I, D), _span(j * J, J, F)
 
-        def step(i, sum_IJ):
-            c_C = first + i * depth + jnp.arange(depth, dtype=jnp.int32)
-            within_C, c_C = (c_C < end)[:, None], jnp.minimum(c_C, R - 1)[:, None]
-            x_CI = jnp.where(within_C, x_ref[c_C, row_I[None, :]], 0)
-            g_CJ = jnp.where(within_C, g_ref[c_C, column_J[None, :]], 0)
+        def step(s, sum_IJ, last: bool):
+            c_C = first + s * depth + jnp.arange(depth, dtype=jnp.int32)
+            within_C, c_C = (c_C < end)[:, None], (jnp.minimum(c_C, R - 1) if last else c_C)[:, None]
+            x_CI, g_CJ = x_ref[c_C, row_I[None, :]], g_ref[c_C, column_J[None, :]]
+            if last:
+                x_CI, g_CJ = jnp.where(within_C, x_CI, 0), jnp.where(within_C, g_CJ, 0)
             return sum_IJ + plgpu.dot(x_CI.T, g_CJ, precision=_precision(x_ref.dtype))
 
-        zeros_IJ = jnp.zeros((ROWS_TILE, COLUMNS_TILE), jnp.float32)
-        sum_IJ = jax.lax.fori_loop(0, pl.cdiv(end - first, depth), step, zeros_IJ)
-        all_I, all_J = i * ROWS_TILE + jnp.arange(ROWS_TILE), j * COLUMNS_TILE + jnp.arange(COLUMNS_TILE)
+        # What is masked goes through registers, and is not fetched ahead: so only what does not fill a step.
+        whole, steps = (end - first) // depth, pl.cdiv(end - first, depth)
+        sum_IJ = jax.lax.fori_loop(0, whole, partial(step, last=False), jnp.zeros((I, J), jnp.float32))
+        sum_IJ = jax.lax.fori_loop(whole, steps, partial(step, last=True), sum_IJ)
+        all_I, all_J = i * I + jnp.arange(I), j * J + jnp.arange(J)
         inside_IJ = (all_I < D)[:, None] & (all_J < F)[None, :]
         plgpu.store(out_ref.at[group, all_I[:, None], all_J[None, :]], sum_IJ.astype(dtype), mask=inside_IJ)
 
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((E, D, F), dtype),
-        grid=(E, pl.cdiv(D, ROWS_TILE), pl.cdiv(F, COLUMNS_TILE)),
-        compiler_params=PARAMS,
+        grid=(E * down * across,),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         name="grouped_matmul_weights_gradient",
     )(ends_E - group_sizes_E, ends_E, x_RD, g_RF)
