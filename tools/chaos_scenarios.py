@@ -49,7 +49,7 @@ def kill(chaos: Chaos) -> Iterator[Row]:
                 kills, begun, kept = kills + 1, max(child.numbers("save"), default=0), newest(cfg) or 0
                 inside += begun > kept
                 again = max(again, max(child.numbers("step"), default=0) - kept)
-                lost = max(lost, begun - kept)
+                lost = max(lost, max(child.numbers("sealing"), default=0) - kept)  # a save waits for the one before
         same += (status == 0 or chaos.finish(cfg) == 0) and not chaos.differences(cfg)
     held = kills if same == done and lost <= EVERY else 0
     yield Row("SIGKILL at random instants", kills, held, f"{inside} of them inside saves; {same} of {done} runs that "

@@ -252,8 +252,8 @@ def _go_back(run: _Run, stage: _Stage, bad: BadStep, cfg: RunConfig) -> _Stage:
     else:
         raise FloatingPointError(f"{bad}; there is no checkpoint from before to go back to. Lower the learning rate, "
                                  "or look at the data of this step")  # fmt: skip
-    kept = checkpoints.place(step)
-    before = Guard(cfg.safety, kept.get("guard")).rollbacks
+    # The checkpoint's own count is of when it was written: the run may have come back to it before.
+    before = Guard(cfg.safety, stage.kept.guard).rollbacks
     if before >= cfg.safety.rollbacks:
         raise FloatingPointError(f"{bad}; the run went back {before} times already, safety.rollbacks allows no more. "
                                  f"The newest checkpoint is of step {step}: lower the learning rate, or look at the "

@@ -122,6 +122,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_three_go_back(make_run, c
         assert place["guard"]["rollbacks"] == 1 and checkpoints.steps == [8, 10]
 
 
+def test_a_run_that_always_comes_back_to_one_checkpoint_ends(make_run, corpus, marked):
+    """No batch behind the third is good: none of the times that the run goes back is forgotten."""
+    cfg, lines = make_run(checkpoint_every=4, steps=20), []
+    marked(cfg, corpus, nan=[range(3, 10**6)])
+    with pytest.raises(FloatingPointError, match=r"went back 3 times already, safety\.rollbacks allows no more"):
+        train(cfg, corpus, lines.append)
+    back = [line for line in lines if "going back" in line]
+    assert [line.rpartition(" (")[2] for line in back] == [f"{n} of 3 times)" for n in (1, 2, 3)]
+
+
 @pytest.mark.slow
 def test_a_skipped_step_leaves_moments_and_weights(make_run, corpus, marked):
     cfg = make_run(checkpoint_every=1, steps=3)
