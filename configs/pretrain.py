@@ -39,11 +39,11 @@ def tiny() -> RunConfig:
 
 
 def with_digits(cfg: RunConfig, name: str) -> RunConfig:
-    """A tiny run on text and images in the same rows: every model gets a tower, 30% of the tokens are digits."""
+    """A tiny run on text and images in the same rows: every model gets a tower, 20% of the tokens are digits."""
     learners = {n: replace(x, model=with_vision(x.model, tiny_vision())) for n, x in cfg.learners.items()}
     sources = {"code": "embedded:code", "digits": "embedded:digits", "prose": "embedded:prose"}
-    data = replace(cfg.data, sources=sources, weights={"digits": 0.3}, heldout=0.05)
-    return replace(cfg, name=name, learners=learners, data=data, train=replace(cfg.train, tiles=16))
+    data = replace(cfg.data, sources=sources, weights={"digits": 0.2}, heldout=0.05)
+    return replace(cfg, name=name, learners=learners, data=data, train=replace(cfg.train, tiles=24))
 
 
 def tiny_images() -> RunConfig:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.batch import Batch, ImageShape
-from data.packing import Document, Key, Piece, Row, Span, build_batch, cut, deal, pack, span_from, spill
+from data.packing import Document, Key, Piece, Row, Span, Tiles, build_batch, cut, deal, pack, span_from
 
 WINDOW_TOKENS = 2**16
 WINDOW_ROWS = 4  # at least
@@ -205,24 +205,24 @@ class Lanes:
         size, room = sum(span.stop - span.start for span in spans), rows * self._seq_len
         most = min(self._chunk, self._seq_len)  # longer ones may be much of their domain
         held = _held(spans[first:], size - room, most) if 0 < (size - room) * SLACK < room else set()
-        packed = pack([span for span in spans if span not in held], self._seq_len, self._chunk, first)
+        tiles = Tiles(documents, self._images) if self._images else None
+        packed = pack([span for span in spans if span not in held], self._seq_len, self._chunk, first, tiles)
         waits = [not any(piece[:2] in waited for piece in row) for row in packed]
         fill = [sum(piece.stop - piece.start for piece in row) * FILLS // self._seq_len for row in packed]
-        order = sorted(range(len(packed)), key=lambda row: (waits[row], -fill[row], -len(packed[row])))
         random = np.random.default_rng((self._seed, lane, state.window))
+        if tiles:  # rows with images are less full, for want of room for tiles: they would be the ones that wait
+            fill = random.permutation(len(packed)).tolist()
+        order = sorted(range(len(packed)), key=lambda row: (waits[row], -fill[row], -len(packed[row])))
         chosen = [packed[row] for row in random.permutation(order[:rows])]
         if rows <= DEALT:
-            chosen = deal(chosen, self._seq_len, self._chunk, len(self._domains))
-        gone: list[Span] = []
-        if self._images:
-            chosen, gone = spill(chosen, documents, self._images)
+            chosen = deal(chosen, self._seq_len, self._chunk, len(self._domains), tiles)
         counts = np.zeros((len(chosen), len(self._domains)), np.int64)
         for row, pieces in enumerate(chosen):
             for piece in pieces:
                 counts[row, piece.key[0]] += piece.stop - piece.start
         even = _evenly(counts)
         waiting = sorted(
-            (part.key, part.start) for row in [held, gone, *(packed[row] for row in order[rows:])] for part in row
+            (part.key, part.start) for row in [held, *(packed[row] for row in order[rows:])] for part in row
         )
         then = LaneState(state.window + 1, 0, tuple(read), tuple(tokens), (), (), tuple(waiting))
         return _Window([chosen[row] for row in even], counts[even], documents, then)

@@ -23,7 +23,7 @@ from data.cache import cached, fingerprint
 from data.config import DataConfig
 from data.content import MARK, Illustrated, tokenise
 from data.lanes import Domain, Lanes, LaneState
-from data.packing import Document, Key, Row, Span, build_batch, check_grid, cut, pack, spill
+from data.packing import Document, Key, Row, Tiles, build_batch, check_grid, cut, pack
 
 BPE_SAMPLE = 6_000_000  # bytes of text on which a tokenizer is trained
 THREADS = min(8, os.cpu_count() or 1)  # in which windows of lanes are read, tokenised and packed
@@ -152,13 +152,7 @@ class Corpus:
             tokens += len(document.tokens)
             if tokens >= 8 * wanted * seq_len:
                 break
-        packed = pack(spans, seq_len, chunk)
-        gone: list[Span] = []
-        if self.images:
-            packed, gone = spill(packed, documents, self.images)
-        while gone and self.images:  # they have rows of their own
-            more, gone = spill(pack(gone, seq_len, chunk), documents, self.images)
-            packed += more
+        packed = pack(spans, seq_len, chunk, tiles=Tiles(documents, self.images) if self.images else None)
         # When other domains run out of rows, this one may have to fill their turns: keep all that may be asked for.
         kept = np.unique(np.linspace(0, len(packed) - 1, min(most, len(packed))).astype(int))
         order = np.argsort(np.arange(len(kept)) * 0.6180339887498949 % 1, kind="stable")  # any first few are spread

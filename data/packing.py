@@ -60,6 +60,17 @@ Row = tuple[Sequence[Piece], Mapping[Key, Document]]
 """The pieces of a row, and the documents they are of."""
 
 
+class Tiles:
+    """How many tiles a row has room for, and how many a span of these documents has."""
+
+    def __init__(self, documents: Mapping[Key, Document], images: ImageShape):
+        self._documents, self._tokens, self.most = documents, images.tokens, images.tiles
+
+    def of(self, span: Span) -> int:
+        first, stop = tiles_of(span, self._documents, self._tokens)
+        return stop - first
+
+
 def check_grid(seq_len: int, chunk: int) -> None:
     """A row holds whole chunks, or is a part of a single one."""
     if seq_len > chunk and seq_len % chunk:
@@ -88,7 +99,7 @@ def span_from(key: Key, start: int, document: Document, seq_len: int, images: Im
     stop = min(start + seq_len, len(document.tokens))
     if images is None or document.images is None:
         return Span(key, start, stop)
-    first, _ = tiles_of(Piece(key, start, stop, 0), {key: document}, images.tokens)
+    first, _ = tiles_of(Span(key, start, stop), {key: document}, images.tokens)
     over = document.images.slots[start:stop] >= (first + images.tiles) * images.tokens
     if over.any():
         stop = start + int(over.argmax())
@@ -97,26 +108,35 @@ def span_from(key: Key, start: int, document: Document, seq_len: int, images: Im
     return Span(key, start, stop)
 
 
-def pack(spans: Sequence[Span], seq_len: int, chunk: int, first: int = 0) -> list[list[Piece]]:
+def pack(
+    spans: Sequence[Span], seq_len: int, chunk: int, first: int = 0, tiles: Tiles | None = None
+) -> list[list[Piece]]:
     """Rows that hold all the spans, the `first` of them in the first rows: best fit decreasing, twice; deterministic.
 
     A span takes the cells of C tokens that it needs, one after another, and those of at most a cell share what is left
     of any: they go, the longest first, where the least space stays over. Then such runs of cells go to rows, the
-    longest first again, and among single cells the fullest (in steps of 1/64), those of many spans first.
+    longest first again, and among single cells the fullest (in steps of 1/64), those of many spans first. `tiles` says
+    of how many a row has room for, and how many a span has, at most as many: nothing goes where they find none.
     """
     check_grid(seq_len, chunk)
+    has = [tiles.of(span) for span in spans] if tiles else [0] * len(spans)
+    most = tiles.most if tiles else 0
     cell = min(chunk, seq_len)
     runs: list[list[Piece]] = []  # at: within the run
     free: list[int] = []  # of each run's last cell
     late: list[bool] = []  # whether a run holds none of the first spans
+    seen: list[int] = []  # tiles of each run
     room: list[tuple[int, int]] = []  # (free, run), sorted: runs whose last cell has space
     order = sorted(range(len(spans)), key=lambda i: (i >= first, spans[i].start - spans[i].stop))
     for i in order:
         span = spans[i]
         length = span.stop - span.start
         fit = bisect_left(room, (length, -1)) if length <= cell else len(room)
+        while fit < len(room) and seen[room[fit][1]] + has[i] > most:
+            fit += 1
         if fit < len(room):
             left, run = room.pop(fit)
+            seen[run] += has[i]
             last = -(-(runs[run][0].stop - runs[run][0].start) // cell) * cell
             runs[run].append(Piece(*span, last - left))
         else:
@@ -124,23 +144,29 @@ def pack(spans: Sequence[Span], seq_len: int, chunk: int, first: int = 0) -> lis
             runs.append([Piece(*span, 0)])
             free.append(0)
             late.append(i >= first)
+            seen.append(has[i])
         free[run] = left - length
         if free[run]:
             insort(room, (free[run], run))
     rows: list[list[Piece]] = []
     used: list[int] = []  # cells of each row
+    shown: list[int] = []  # tiles of each row
     room = []  # (cells, row), sorted
     cells = [-(-(run[0].stop - run[0].start) // cell) for run in runs]
     for run in sorted(
         range(len(runs)), key=lambda run: (late[run], -cells[run], free[run] * 64 // cell, -len(runs[run]))
     ):
         fit = bisect_left(room, (cells[run], -1))
+        while fit < len(room) and shown[room[fit][1]] + seen[run] > most:
+            fit += 1
         if fit < len(room):
             left, row = room.pop(fit)
         else:
             left, row = seq_len // cell, len(rows)
             rows.append([])
             used.append(0)
+            shown.append(0)
+        shown[row] += seen[run]
         rows[row] += [piece._replace(at=piece.at + used[row] * cell) for piece in runs[run]]
         used[row] += cells[run]
         if left > cells[run]:
@@ -148,12 +174,15 @@ def pack(spans: Sequence[Span], seq_len: int, chunk: int, first: int = 0) -> lis
     return rows
 
 
-def deal(rows: Sequence[list[Piece]], seq_len: int, chunk: int, domains: int) -> list[list[Piece]]:
+def deal(
+    rows: Sequence[list[Piece]], seq_len: int, chunk: int, domains: int, tiles: Tiles | None = None
+) -> list[list[Piece]]:
     """The same runs of cells, dealt anew to as many rows so that the rows have as much of each domain, about.
 
     `pack` puts the longest documents together, and so those of a domain. Here a run, the longest first, goes to the row
     that has least of what it is of: of all rows with room that after which the sum of squares of tokens, by row and
-    domain, is least. Where one finds no room, only runs of a single cell are dealt. Rows of one cell stay.
+    domain, is least. Where one finds no room, only runs of a single cell are dealt; where one of those finds none for
+    its tiles, nothing is. Rows of one cell stay.
     """
     cell = min(chunk, seq_len)
     if cell == seq_len:
@@ -169,54 +198,37 @@ def deal(rows: Sequence[list[Piece]], seq_len: int, chunk: int, domains: int) ->
                 was.append(n)
             runs[-1].append(piece._replace(at=piece.at - start))
     cells = [-((run[0].start - run[0].stop) // cell) for run in runs]
-    tokens = np.zeros((len(runs), domains))
+    tokens, seen = np.zeros((len(runs), domains)), np.zeros(len(runs), int)
     for run, pieces in enumerate(runs):
         for piece in pieces:
             tokens[run, piece.key[0]] += piece.stop - piece.start
+            seen[run] += tiles.of(Span(*piece[:3])) if tiles else 0
     order = sorted(range(len(runs)), key=lambda run: -cells[run])
     for fixed in (seq_len, 1):  # longer runs stay where they were
         dealt: list[list[Piece]] = [[] for _ in rows]
         used, held = np.zeros(len(rows), int), np.zeros((len(rows), domains))
+        shown = np.zeros(len(rows), int)
         for run in order:
             room = used + cells[run] <= seq_len // cell
+            room &= shown + seen[run] <= (tiles.most if tiles else 0)
             if not room.any():
                 break
             row = was[run] if cells[run] > fixed else int(np.where(room, held @ tokens[run], np.inf).argmin())
             dealt[row] += [piece._replace(at=piece.at + int(used[row]) * cell) for piece in runs[run]]
             used[row] += cells[run]
             held[row] += tokens[run]
+            shown[row] += seen[run]
         else:
             return dealt
-    raise AssertionError("single cells always find room")
+    return list(rows)
 
 
-def tiles_of(piece: Piece, documents: Mapping[Key, Document], tokens: int) -> tuple[int, int]:
+def tiles_of(piece: Piece | Span, documents: Mapping[Key, Document], tokens: int) -> tuple[int, int]:
     """[first, stop) of the document's tiles, of so many tokens each, that a piece needs: those it has any token of."""
     images = documents[piece.key].images
     slots = images.slots[piece.start : piece.stop] if images else np.empty(0, np.int32)
     slots = slots[slots >= 0]
     return (int(slots[0]) // tokens, int(slots[-1]) // tokens + 1) if len(slots) else (0, 0)
-
-
-def spill(
-    rows: Sequence[list[Piece]], documents: Mapping[Key, Document], images: ImageShape
-) -> tuple[list[list[Piece]], list[Span]]:
-    """The rows with no more tiles than they have room for, and the spans that had to go; the smallest go first.
-
-    The spans are those of `cut`, none of which has more tiles than a row has room for.
-    """
-    kept, gone = [], []
-    for row in rows:
-        counts = {piece: stop - first for piece in row for first, stop in [tiles_of(piece, documents, images.tokens)]}
-        over = sum(counts.values()) - images.tiles
-        staying = set(row)
-        for piece in sorted(row, key=lambda piece: (counts[piece], piece.stop - piece.start)):
-            if over > 0 and counts[piece]:
-                over -= counts[piece]
-                staying.remove(piece)
-                gone.append(Span(piece.key, piece.start, piece.stop))
-        kept.append([piece for piece in row if piece in staying])
-    return kept, gone
 
 
 def build_batch(rows: Sequence[Row], seq_len: int, pad_id: int, images: ImageShape | None = None) -> Batch:

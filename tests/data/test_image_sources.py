@@ -21,10 +21,10 @@ from data import sources
 from data.batch import ImageShape
 from data.config import DataConfig
 from data.content import MARK, Illustrated, illustrated, tokenise
-from data.contents import pieces
+from data.contents import Counts, pieces
 from data.images import small_picture
 from data.loader import Corpus
-from data.packing import Document, Piece, build_batch, cut, pack, span_from, spill, tiles_of
+from data.packing import Document, Piece, Tiles, build_batch, cut, deal, pack, span_from, tiles_of
 from data.sources import open_sources
 from data.tokenizer import SentencePieceTokenizer, train_bpe
 
@@ -172,31 +172,48 @@ def document(n: int, images: int, tokenizer: SentencePieceTokenizer) -> Document
     return Document(tokens, 0, n, True, found)
 
 
-def test_a_batch_has_every_token_of_every_tile(tokenizer):
-    """Packed, cut and spilled: each patch token's slot shows its own tile, and no image token is predicted."""
+@pytest.mark.parametrize("dealt", [False, True])
+def test_a_batch_has_every_token_of_every_tile(tokenizer, dealt):
+    """Packed where tiles find room: each patch token's slot shows its own tile, and no image token is predicted."""
     documents = {(0, n): document(n, n % 5, tokenizer) for n in range(12)}
-    spans = [span for key, d in documents.items() for span in cut(key, d, 32)]
-    rows, ids, seen = pack(spans, 32, 32), tokenizer.image_ids, 0
-    while rows:
-        rows, gone = spill(rows, documents, SHAPE)
-        batch = build_batch([(row, documents) for row in rows], 32, tokenizer.pad_id, SHAPE)
-        assert ids and batch.tiles.shape[1:] == (6, 16, 16, 3)
-        np.testing.assert_array_equal(batch.slots >= 0, batch.tokens == ids.patch)
-        for row, place in zip(*np.nonzero(batch.slots >= 0), strict=True):
-            tile, token = divmod(int(batch.slots[row, place]), SHAPE.tokens)
-            whole = documents[0, int(batch.document_id[row, place])]
-            assert whole.images is not None
-            at = int(np.flatnonzero(whole.images.slots >= 0)[0])  # of the document's first patch
-            piece = next(p for p in rows[row] if p.at <= place < p.at + p.stop - p.start)
-            slot = int(whole.images.slots[piece.start + place - piece.at])
-            assert at >= 0 and slot % SHAPE.tokens == token
-            np.testing.assert_array_equal(batch.tiles[row, tile], whole.images.tiles[slot // SHAPE.tokens])
-            seen += 1
-        special = np.isin(batch.labels, ids)
-        assert not batch.loss_mask[special].any()
-        assert batch.loss_mask[(batch.segment_ids > 0) & ~special].sum() > 0
-        rows = pack(gone, 32, 32)
+    spans = [span for key, d in documents.items() for span in cut(key, d, 32, SHAPE)]
+    tiles, ids, seen = Tiles(documents, SHAPE), tokenizer.image_ids, 0
+    rows = pack(spans, 32, 16, 3, tiles)
+    rows = deal(rows, 32, 16, 1, tiles) if dealt else rows
+    assert sorted(piece[:3] for row in rows for piece in row) == sorted(spans)
+    batch = build_batch([(row, documents) for row in rows], 32, tokenizer.pad_id, SHAPE)
+    assert ids and batch.tiles.shape[1:] == (6, 16, 16, 3)
+    np.testing.assert_array_equal(batch.slots >= 0, batch.tokens == ids.patch)
+    for row, place in zip(*np.nonzero(batch.slots >= 0), strict=True):
+        tile, token = divmod(int(batch.slots[row, place]), SHAPE.tokens)
+        whole = documents[0, int(batch.document_id[row, place])]
+        piece = next(p for p in rows[row] if p.at <= place < p.at + p.stop - p.start)
+        assert whole.images is not None
+        slot = int(whole.images.slots[piece.start + place - piece.at])
+        assert slot % SHAPE.tokens == token
+        np.testing.assert_array_equal(batch.tiles[row, tile], whole.images.tiles[slot // SHAPE.tokens])
+        seen += 1
+    special = np.isin(batch.labels, ids)
+    assert not batch.loss_mask[special].any()
+    assert batch.loss_mask[(batch.segment_ids > 0) & ~special].sum() > 0
     assert seen == sum(n % 5 for n in range(12)) * SHAPE.tokens
+
+
+def test_images_have_their_share_of_the_tokens(tmp_path, tokenizer):
+    """Rows full of short documents with images would need more room than they have."""
+    rng = np.random.default_rng(0)
+    prose = [dict(text=" ".join(rng.choice(["few", "words", "of", "text"], 400))) for _ in range(60)]
+    pictures = [dict(text=f"{MARK} number {n}", image=base64.b64encode(picture(n)).decode()) for n in range(200)]
+    for name, records in (("prose", prose), ("pictures", pictures)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    places = {name: str(tmp_path / f"{name}.jsonl") for name in ("prose", "pictures")}
+    cfg = DataConfig(sources=places, heldout=0.1, weights={"pictures": 0.3})
+    corpus = Corpus.open(cfg, tmp_path / "cache", lambda _: None, tokenizer, images=(4, 16, 4))
+    counts = Counts(corpus.domains, corpus.shares)
+    with contextlib.closing(corpus.train(2, 128, 128, seed=0)) as stream:
+        for _ in range(100):
+            counts.add(next(stream))
+    assert counts.tokens[0] / counts.tokens.sum() == pytest.approx(0.3, abs=0.02)
 
 
 def test_what_a_batch_shows_of_images(tokenizer):
