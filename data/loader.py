@@ -49,13 +49,15 @@ class Corpus:
         shape = [images.size, images.tokens, cfg.image_tiles] if images else []
         counts = cache / f"sizes-{fingerprint([self.hash, tokens.hash, *shape])}.json"
         means: dict[str, list[float]] = json.loads(cached(counts, self._count_sizes))
-        self.mean_tokens = {name: mean for name, (mean, _) in means.items()}  # of a document
-        self.mean_tiles = {name: mean for name, (_, mean) in means.items()}
+        self.mean_tokens = {name: mean for name, (mean, _, _) in means.items()}  # of a document
+        self.mean_tiles = {name: mean for name, (_, _, mean) in means.items()}
         sizes = {name: mean * len(part) for (name, mean), part in zip(self.mean_tokens.items(), train, strict=True)}
         self.shares: dict[str, float] = mixture.token_shares(sizes, cfg.weights)
         mixture.check_names("repeats", cfg.repeats, self.domains)
         mixture.check_names("caps", cfg.caps, self.domains)
         self.pass_tokens = sizes  # by domain: of one pass over its training documents, estimated
+        counted = zip(means.items(), train, strict=True)  # those of them that the loss counts
+        self.pass_counted = {name: mean * len(part) for (name, (_, mean, _)), part in counted}
         self.tokens = round(sum(sizes.values()))
 
     def _count_sizes(self) -> bytes:
@@ -64,10 +66,11 @@ class Corpus:
             counts[source.name] = mixture.sizes_of_documents(source, part, partial(self._size, domain))
         return json.dumps(counts).encode()
 
-    def _size(self, domain: int, index: int) -> tuple[int, int]:
-        """Tokens and tiles of a document."""
-        document = self._document(domain, index, 0)
-        return len(document.tokens), len(document.images.tiles) if document.images else 0
+    def _size(self, domain: int, index: int) -> tuple[int, int, int]:
+        """A document's tokens, those that the loss counts, and tiles."""
+        tokens, images = (document := self._document(domain, index, 0)).tokens, document.images
+        inside = int(images.inside[1:].sum()) if images else 0
+        return len(tokens), len(tokens) - 1 - inside, len(images.tiles) if images else 0
 
     @classmethod
     def open(cls, cfg: DataConfig, cache: epath.PathLike, log: Callable[[str], object] = print,

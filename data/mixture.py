@@ -46,22 +46,23 @@ def check_names(field: str, given: Iterable[str], domains: Collection[str]) -> N
 
 
 def sizes_of_documents(
-    source: Source, indices: np.ndarray, count: Callable[[int], tuple[int, int]], sample: int = 16 << 20
-) -> tuple[float, float]:
-    """Mean tokens of a document, bos and eos included, and mean tiles: from the exact mean of its bytes, and what a
-    sample has of them a byte.
+    source: Source, indices: np.ndarray, count: Callable[[int], tuple[int, int, int]], sample: int = 16 << 20
+) -> list[float]:
+    """Means of a document: tokens, bos and eos included, those that the loss counts, and tiles. From the exact mean of
+    its bytes, and what a sample has of them a byte.
 
     The sample, `sample` bytes or the whole domain if that is less, is taken in the order of the content hashes, so it
-    does not depend on the documents' order; `count` says how many tokens and tiles one of them has. Tokenizers leave
-    the interpreter free while they encode.
+    does not depend on the documents' order; `count` says how many one of them has. Tokenizers leave the interpreter
+    free while they encode.
     """
     order = indices[np.argsort(source.hashes[indices], kind="stable")]
     before = np.cumsum(source.sizes[order]) - source.sizes[order]
     order = order[before < sample]
     with ThreadPoolExecutor() as pool:
-        counted = np.array(list(pool.map(count, order.tolist())), np.int64).reshape(-1, 2)
-    tokens, tiles = (counted - [2, 0]).sum(axis=0) * (source.sizes[indices].mean() / max(source.sizes[order].sum(), 1))
-    return 2 + float(tokens), float(tiles)
+        found = np.array(list(pool.map(count, order.tolist())), np.int64).reshape(-1, 3)
+    ends = np.array([2, 1, 0])  # bos and eos, and that eos is predicted, whatever a document's length
+    grows = (found - ends).sum(axis=0) * (source.sizes[indices].mean() / max(source.sizes[order].sum(), 1))
+    return (ends + grows).tolist()
 
 
 class Order:

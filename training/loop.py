@@ -152,7 +152,7 @@ class _Stage:
             self.state, place = source.restore(start, abstract_state(self.cfg, self.mesh))
         else:
             self.state = initial_state(self.cfg, self.mesh, say)
-        self.pass_tokens = corpus.pass_tokens
+        self.pass_tokens = corpus.pass_counted
         chunk = next(iter(cfg.learners.values())).model.chunk
         shape = (self.cfg.train.batch, self.cfg.train.seq_len, chunk)
         # A stage, or a fork, may read other rows than what was before it.

@@ -48,8 +48,8 @@ class Reporter:
         self, cfg: RunConfig, mesh: Mesh, domains: tuple[str, ...], targets: Mapping[str, TargetSource], last: int,
         kept: Kept, pass_tokens: Mapping[str, float], folder: epath.Path, console: Console, writers: Writers | None,
     ):  # fmt: skip
-        """Of the steps up to `last` of a stage, whose run without stages is `cfg`; `pass_tokens`: of one pass over each
-        domain."""
+        """Of the steps up to `last` of a stage, whose run without stages is `cfg`; `pass_tokens`: those that the
+        loss counts in one pass over each domain."""
         self.cfg, self.domains, self.targets, self.folder = cfg, domains, targets, folder
         self.console, self.writers = console, writers
         self.tokens_seen, self.owed = kept.tokens_seen, kept.owed

@@ -34,11 +34,11 @@ def test_mean_tokens_are_close_to_the_count(corpus):
     for source in sources:
         exact = np.mean([len(bpe.document(source[i])) for i in range(len(source))])
 
-        def count(index: int, source=source) -> tuple[int, int]:
-            return len(bpe.document(source[index])), 3
+        def count(index: int, source=source) -> tuple[int, int, int]:
+            return (n := len(bpe.document(source[index]))), n - 1, 3
 
-        tokens, tiles = mixture.sizes_of_documents(source, all_of(source), count)
-        assert tokens == pytest.approx(exact, rel=1e-9) and tiles == pytest.approx(3)
+        tokens, counted, tiles = mixture.sizes_of_documents(source, all_of(source), count)
+        assert tokens == pytest.approx(exact, rel=1e-9) == counted + 1 and tiles == pytest.approx(3)
         assert mixture.sizes_of_documents(source, all_of(source), count, 3000)[0] == pytest.approx(exact, rel=0.05)
 
 
