@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,11 @@ def test_what_may_pass_is_tried_again_so_often(tmp_path: Path, monkeypatch: pyte
 
 
 def running(folder: Path, job: Path, *more: str) -> subprocess.Popen[bytes]:
-    """The script in a session of its own, once its processes are there and have set their traps."""
+    """The script in a session of its own, once its processes are there and have set their traps. It hears SIGINT, which
+    what runs in the background ignores."""
     env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "a"}
-    made = subprocess.Popen(["bash", job, *more], env=env, cwd=folder, start_new_session=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    made = subprocess.Popen(["bash", job, *more], env=env, cwd=folder, start_new_session=True, preexec_fn=heard)
     while not (folder / "started").exists() or starts(folder) < 2:
         assert made.poll() is None
         time.sleep(0.05)

@@ -198,7 +198,9 @@ def test_training_goes_on_from_an_import(train: str, capsys):
 def test_wrong_beginnings(train: str, capsys):
     assert "no tokenizer at nowhere" in error(f"{train} --data.tokenizer nowhere", capsys)
     assert "nowhere/config.json is missing" in error(f"{train} --init hf:nowhere", capsys)
-    assert "init must be empty, hf:DIR or run:DIR, not 'nowhere'" in error(f"{train} --init nowhere", capsys)
+    assert "init must be empty, hf:DIR, run:DIR or shared:DIR, not 'nowhere'" in error(
+        f"{train} --init nowhere", capsys
+    )
 
 
 def shrunken(preset: str) -> RunConfig:

@@ -246,6 +246,10 @@ def test_corruption_is_refused(store):
     index = shard.with_suffix(".npy")
     high, low, record = np.load(index)
     np.save(index, np.stack([high, low, np.roll(record, 1)]))
+    with pytest.raises(ValueError, match=f"{index.name} is not what was written"):
+        Reader(folder)
+    facts = json.loads((manifest := shard.with_suffix(".json")).read_text())
+    manifest.write_text(json.dumps({name: fact for name, fact in facts.items() if name != "index"}))  # as one of before
     with Reader(folder) as reader, pytest.raises(ValueError, match=rf"{shard.name}, record \d+: it holds .* of hash"):
         for batch in batches:
             reader.look_up(batch)
