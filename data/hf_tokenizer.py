@@ -35,7 +35,7 @@ class HFTokenizer(Tokenizer):
         super().__init__(model)
         self._config = config
         try:
-            import tokenizers
+            import tokenizers  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError(
                 f"{HF_FILE} is read with the package tokenizers: run pip install 'llama4_jax[hf-tokenizers]'"
