@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,12 +54,17 @@ def test_what_may_pass_is_tried_again_so_often(tmp_path: Path, monkeypatch: pyte
     assert subprocess.run(["bash", job]).returncode == 0
 
 
+HEARS = """import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp("bash", ["bash", *sys.argv[1:]])
+"""
+
+
 def running(folder: Path, job: Path, *more: str) -> subprocess.Popen[bytes]:
     """The script in a session of its own, once its processes are there and have set their traps. It hears SIGINT, which
     what runs in the background ignores."""
     env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "a"}
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    made = subprocess.Popen(["bash", job, *more], env=env, cwd=folder, start_new_session=True, preexec_fn=heard)
+    made = subprocess.Popen([sys.executable, "-c", HEARS, job, *more], env=env, cwd=folder, start_new_session=True)
     while not (folder / "started").exists() or starts(folder) < 2:
         assert made.poll() is None
         time.sleep(0.05)
