@@ -47,7 +47,7 @@ class Corpus:
         self.heldout_sizes: tuple[int, ...] = tuple(map(len, heldout))
         self.hash = _corpus_hash(documents, train)
         shape = [images.size, images.tokens, cfg.image_tiles] if images else []
-        counts = cache / f"sizes-{fingerprint([self.hash, tokens.hash, *shape])}.json"
+        counts = cache / f"means-{fingerprint([self.hash, tokens.hash, *shape])}.json"
         means: dict[str, list[float]] = json.loads(cached(counts, self._count_sizes))
         self.mean_tokens = {name: mean for name, (mean, _, _) in means.items()}  # of a document
         self.mean_tiles = {name: mean for name, (_, _, mean) in means.items()}
