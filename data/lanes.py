@@ -195,7 +195,8 @@ class Lanes:
         self, lane: int, state: LaneState, spans: list[Span], rows: int, documents: dict[Key, Document],
         read: list[int], tokens: list[int],
     ) -> _Window:  # fmt: skip
-        """The fullest `rows` of what is packed, those with what has waited before all.
+        """The fullest `rows` of what is packed, those with what has waited before all; with images any of them, since
+        rows with many are less full, for want of room for tiles, and would be the ones that wait.
 
         So that a state is small, a few long spans wait rather than many tiny ones: among rows that are about as full
         those of the fewest pieces, and where documents are so short that they fill rows anyway, what is too much is
@@ -210,9 +211,8 @@ class Lanes:
         waits = [not any(piece[:2] in waited for piece in row) for row in packed]
         fill = [sum(piece.stop - piece.start for piece in row) * FILLS // self._seq_len for row in packed]
         random = np.random.default_rng((self._seed, lane, state.window))
-        if tiles:  # rows with images are less full, for want of room for tiles: they would be the ones that wait
-            fill = random.permutation(len(packed)).tolist()
-        order = sorted(range(len(packed)), key=lambda row: (waits[row], -fill[row], -len(packed[row])))
+        preferred = random.permutation(len(packed)).tolist() if tiles else fill
+        order = sorted(range(len(packed)), key=lambda row: (waits[row], -preferred[row], -len(packed[row])))
         chosen = [packed[row] for row in random.permutation(order[:rows])]
         if rows <= DEALT:
             chosen = deal(chosen, self._seq_len, self._chunk, len(self._domains), tiles)

@@ -39,12 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from launch.startup import open_corpus
+    from training.start import stage_corpus
 
     cfg = overrides.apply(configs.find(args.name), args)
     _check(args, cfg)
     corpus = open_corpus(cfg, log := partial(print, file=sys.stderr))
     then = cfg.at(args.at)
-    facts = describe(then, corpus.of(then.data, log, then.images), args.step, args.batches, args.show)
+    facts = describe(then, stage_corpus(cfg, then, corpus, log), args.step, args.batches, args.show)
     print(json.dumps(facts)) if args.json else _print(facts)
     return 0
 

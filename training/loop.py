@@ -31,7 +31,7 @@ from training.metrics import Console, Writers, read
 from training.recheck import rechecked
 from training.record import check_resumable, run_record
 from training.reporter import Kept, Pending, Reporter
-from training.start import CONFIG, check_init, initial_state, open_targets
+from training.start import CONFIG, check_init, initial_state, open_targets, stage_corpus
 from training.state import abstract_state
 from training.status import STOPPED
 from training.step import make_train_step
@@ -386,8 +386,7 @@ def _look_ahead(cfg: RunConfig, corpus: Corpus, start: int, say: Callable[[str],
     while True:
         then = cfg.at(done)
         try:
-            given = (then.data, then.images) == (cfg.data, cfg.images)  # `corpus` is what the run reads
-            corpora[done] = corpus if given else corpus.of(then.data, say, then.images)
+            corpora[done] = stage_corpus(cfg, then, corpus, say)
             _check_domains(then, corpora[done])
             corpora[done].check_heldout(then.train.batch, then.train.eval_batches)
             if done == start or then.mesh.suits(devices):

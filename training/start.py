@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from data import tokenizer
+from data.loader import Corpus
 from llama4_jax.axes import is_variable
 from llama4_jax.config import ModelConfig, Rope
 from llama4_jax.text import abstract
@@ -142,6 +143,13 @@ def _check_shares(cfg: RunConfig, name: str) -> None:
 
 
 # --- Before it begins
+
+
+def stage_corpus(cfg: RunConfig, stage: RunConfig, corpus: Corpus, say: Callable[[str], object]) -> Corpus:
+    """What a stage (`cfg.at`) reads, where `corpus` is what the run `cfg` was given to read: other documents, shares or
+    room for images, by the same tokenizer."""
+    same = (stage.data, stage.images) == (cfg.data, cfg.images)
+    return corpus if same else corpus.of(stage.data, say, stage.images)
 
 
 def check_init(cfg: RunConfig, name: str, tokens: str) -> None:

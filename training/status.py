@@ -71,9 +71,8 @@ def state(found: Mapping[str, Any], now: float | None = None) -> str:
     began = found["starts"][-1]["time"] if found["starts"] else 0.0
     stopped = bool(found["stopped"]) and found["stopped"].get("time", 0) >= began
     saved = bool(found["steps"] and found["saved"]) and found["saved"][-1] >= found["steps"]
-    if saved and not (
-        stopped and found["step"] < found["steps"]
-    ):  # in its last evaluation: its record is still to come
+    owed = stopped and saved and found["step"] < found["steps"]  # the evaluation that it was stopped in
+    if saved and not owed:
         return "complete"
     if found["refused"]:
         return "refused"

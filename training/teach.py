@@ -35,7 +35,7 @@ from training.checkpoint import named_leaves, whole_place
 from training.config import Learner, RunConfig
 from training.loop import put_local
 from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
-from training.start import check_init, given_params
+from training.start import check_init, given_params, stage_corpus
 from training.state import execution, graphdef, run_model
 from training.step import summed_in_parts
 from training.target_record import Form
@@ -96,8 +96,7 @@ def teach(
             if (then := make_mesh(now.mesh)) != mesh:
                 params, mesh = given_params(now, name, then)[0], then
             check_fits(now, mesh)
-            given = (now.data, now.images) == (cfg.data, cfg.images)  # `corpus` is what the run reads
-            here = corpus if given else corpus.of(now.data, say, now.images)
+            here = stage_corpus(cfg, now, corpus, say)
             shape = (now.train.batch, now.train.seq_len, now.learners[name].model.chunk)
             share, teacher = row_share(mesh), make_teach_step(now.learners[name], mesh, form)
             held_out = _rows(here.heldout(*shape, now.train.eval_batches), share.part, share.parts)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from llama4_jax.axes import MESH_AXES, Execution, map_params
 from llama4_jax.config import scout, tiny_maverick, tiny_scout
@@ -197,17 +197,22 @@ def test_bfloat16_decodes_as_well_as_the_bfloat16_forward():
     assert 0 < typical_error(decoded_BNV) < 1.5 * typical_error(forward_BNV) < 0.05
 
 
-def test_sharded_weights_generate_the_same():
-    if jax.device_count() < 8:
-        pytest.skip("needs eight devices")
-    model = model_of("scout")
-    mesh = jax.make_mesh((1, 2, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+def on_mesh(model: Transformer, mesh: Mesh) -> Transformer:
+    """The model, its weights spread over a mesh as they are stored."""
     graphdef, state = nnx.split(model)
 
     def place(p, spec):
         return p.replace(jax.device_put(p.get_value(), NamedSharding(mesh, spec.get_value())))
 
-    sharded = nnx.merge(graphdef, map_params(place, state, Execution().specs(state)))
+    return nnx.merge(graphdef, map_params(place, state, Execution().specs(state)))
+
+
+def test_sharded_weights_generate_the_same():
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices")
+    model = model_of("scout")
+    mesh = jax.make_mesh((1, 2, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+    sharded = on_mesh(model, mesh)
     assert len(sharded.embedding.table_VD[...].sharding.device_set) == 8
     assert generate(sharded, PROMPTS, 12, temperature=0.0) == generate(model, PROMPTS, 12, temperature=0.0)
 
@@ -218,12 +223,7 @@ def test_caches_spread_over_the_context_axis_generate_the_same():
         pytest.skip("needs eight devices")
     model = model_of("scout")
     mesh = jax.make_mesh((1, 1, 1, 4, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
-    graphdef, state = nnx.split(model)
-
-    def place(p, spec):
-        return p.replace(jax.device_put(p.get_value(), NamedSharding(mesh, spec.get_value())))
-
-    spread = nnx.merge(graphdef, map_params(place, state, Execution().specs(state)))
+    spread = on_mesh(model, mesh)
     assert generate(spread, PROMPTS, 30, temperature=0.0, piece=8, mesh=mesh) == generate(
         model, PROMPTS, 30, temperature=0.0
     )
