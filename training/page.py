@@ -48,7 +48,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .who { font-size: .86rem; color: var(--soft); margin: 0 0 4px; }
 .edge { color: var(--good); font-size: .8em; border: 1px solid; border-radius: 4px; padding: 0 4px; }
 .read { opacity: .5; }
-.seen { height: 3.4em; vertical-align: middle; border-radius: 4px; image-rendering: pixelated; }
+.seen { height: 3.4em; margin: 2px .3em; vertical-align: middle; border-radius: 4px; image-rendering: pixelated; }
 .sample { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 @page { margin: 14mm; }
 @media print { :root { --paper: #fff; --card: #fff; --ink: #000; --soft: #555; --rule: #ddd; --good: #00664b;
