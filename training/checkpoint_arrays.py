@@ -11,8 +11,10 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import tensorstore as ts
 from etils import epath
 from flax import nnx
@@ -24,8 +26,11 @@ from training import manifest
 from training.checkpoint import CHUNK_BYTES, Checkpoints, which_learner
 from training.config import RunConfig
 from training.record import config_from_json
+from training.transfer import pwrite
 
 ZARR = {"float32": "<f4", "float16": "<f2", "bfloat16": "bfloat16"}
+Digests = dict[str, str]
+"""SHA-256 of files, in hex, by their path."""
 
 
 class Arrays:
@@ -156,11 +161,36 @@ def create_array(state: epath.Path, name: str, shape: tuple[int, ...], chunks: t
     ).result()  # fmt: skip
 
 
+def write_chunks(folder: epath.Path, chunk: tuple[int, ...], first: tuple[int, ...], values: np.ndarray) -> Digests:
+    """Whole chunks of an array that `create_array` made in this local folder, from the place `first`, onto the disk.
+
+    Each is a file of its numbers in C order, filled up with zeros where the array ends before it does (the Zarr format,
+    version 2, without a compressor), written from its first byte to its last; its digest is taken on the way, as
+    TensorStore gives none, and a second reading costs as much as the writing.
+    """
+    digests: Digests = {}
+    values = values.view(f"u{values.itemsize}")  # NumPy transposes its own types faster
+    for index in np.ndindex(*(-(-n // c) for n, c in zip(values.shape, chunk, strict=True))):
+        part = values[tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, chunk, strict=True))]
+        if part.shape != chunk:
+            part = np.pad(part, [(0, c - n) for n, c in zip(part.shape, chunk, strict=True)])
+        data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+        key = ".".join(str(a // c + i) for a, c, i in zip(first, chunk, index, strict=True))
+        with open(folder / key, "wb", buffering=0) as f:
+            pwrite(f.fileno(), data, 0)
+            digests[key] = sha256(data).hexdigest()
+            os.fdatasync(f.fileno())
+    return digests
+
+
 def write_metadata(
-    step: epath.Path, arrays: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], **items: Any
+    step: epath.Path,
+    arrays: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    digests: Digests | None = None,
+    **items: Any,
 ) -> None:
     """What makes of arrays, given with their shapes and chunks, a checkpoint that Orbax restores; with the JSON `items`
-    beside. To be written last."""
+    beside. `digests`: of files below `step` that are known. To be written last."""
     handler = "orbax.checkpoint._src.handlers."
     tree = {
         f"('{name}',)": {
@@ -187,4 +217,4 @@ def write_metadata(
     (step / "state" / "_METADATA").write_text(json.dumps({"tree_metadata": tree, **flags, "custom_metadata": None}))
     for place in (*(step / name for name in ("state", *items)), step):  # on stores without rename these say: complete
         (place / "commit_success.txt").write_text("written whole\n")
-    manifest.write(step)
+    manifest.write(step, known=digests)

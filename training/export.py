@@ -30,7 +30,7 @@ from llama4_jax.config import ModelConfig
 from training import model_folder, quantised
 from training.checkpoint_arrays import Arrays, array_name, pieces
 from training.safetensors_header import ALL_DTYPES, DTYPES, header_bytes
-from training.transfer import Budget, Journal, Progress, check_space, read_journal, run_all, workplace
+from training.transfer import Budget, Journal, Progress, check_space, pwrite, read_journal, run_all, workplace
 
 CODES = {"float32": "F32", "bfloat16": "BF16"}
 """What weights can be exported as."""
@@ -276,7 +276,7 @@ def _local(plan: _Plan, work: epath.Path, log: Callable[[str], object] | None) -
                 for i, part in enumerate(parts):
                     data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
                     hashes[i].update(data)
-                    _pwrite(places[i][0], data, places[i][1] + written[i])
+                    pwrite(places[i][0], data, places[i][1] + written[i])
                     written[i] += len(data)
                     size += len(data)
                 del parts, part, data
@@ -302,12 +302,6 @@ def _hash_again(found: Any, fd: int, start: int, nbytes: int) -> None:
         data = os.pread(fd, min(nbytes, 2**24), start)
         found.update(data)
         start, nbytes = start + len(data), nbytes - len(data)
-
-
-def _pwrite(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done : done + 2**30], offset + done)
 
 
 def _lay_out(file: epath.Path, outputs: Sequence[Output]) -> None:

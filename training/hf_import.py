@@ -34,6 +34,7 @@ from training.checkpoint_arrays import (
     create_array,
     pieces,
     weight_shapes,
+    write_chunks,
     write_metadata,
 )
 from training.config import RunConfig
@@ -41,7 +42,7 @@ from training.model_folder import CONFIG
 from training.quantised import Dequantised, dequantised
 from training.record import run_record
 from training.safetensors_header import DTYPES, INDEX, Stored, read_json, stored_tensors
-from training.transfer import Budget, Journal, Progress, check_space, run_all, workplace
+from training.transfer import Budget, Journal, Progress, check_space, read_journal, run_all, workplace
 
 PIECE_BYTES = 2**26
 
@@ -211,7 +212,9 @@ def import_run(
         journal = Journal(work / f"journal-{jax.process_index()}.jsonl", lambda: None)  # each chunk is synced
         mine = [job for i, job in enumerate(jobs) if i % jax.process_count() == jax.process_index()]
         progress = Progress("import", sum(j.nbytes for j in mine), sum(e["size"] for e in journal.done.values()), log)
-        run_all([partial(_move, opened, arrays, job, budget, journal, progress) for job in mine], threads)
+        run_all(
+            [partial(_move, opened, learner, arrays, job, step, budget, journal, progress) for job in mine], threads
+        )
         journal.flush()
         progress.close()
         sync_global_devices(f"import wrote {run}")
@@ -224,8 +227,10 @@ def import_run(
             for lock in (step / "state").glob("*/*.__lock"):  # of a process that was killed
                 lock.unlink()
             finish(work)
-            write_metadata(step, meta | {"step": ((), ())}, data=WEIGHTS_ALONE, run=record)
-            for leftover in [*work.glob("journal-*"), work / "plan.json"]:
+            journals = list(work.glob("journal-*"))
+            digests = {k: v for one in journals for e in read_journal(one).values() for k, v in e["sha256"].items()}
+            write_metadata(step, meta | {"step": ((), ())}, digests, data=WEIGHTS_ALONE, run=record)
+            for leftover in [*journals, work / "plan.json"]:
                 leftover.unlink()
             if run.exists():
                 run.rmdir()
@@ -257,17 +262,26 @@ def _plan_jobs(opened: Folder, learner: str, budget: Budget, threads: int) -> li
 
 
 def _move(
-    opened: Folder, arrays: Mapping[hf.Path, Any], job: _Job, budget: Budget, journal: Journal, progress: Progress
+    opened: Folder,
+    learner: str,
+    arrays: Mapping[hf.Path, Any],
+    job: _Job,
+    step: epath.Path,
+    budget: Budget,
+    journal: Journal,
+    progress: Progress,
 ) -> None:
     if job.name in journal.done:
         return
-    t = job.tensor
-    with budget.hold(4 * job.nbytes):  # as read, as one of ours, and as chunks on their way
+    t, digests = job.tensor, {}
+    with budget.hold(4 * job.nbytes):  # as read (quantised ones twice and more), as one of ours, and as a chunk
         theirs = _read(opened, job)
         for path, part in zip(t.paths, np.split(theirs, len(t.paths), axis=-1), strict=True):
-            place = tuple(slice(*job.ranges.get(c, (0, t.sizes[c]))) for c in t.letters)
-            arrays[path][(*t.index, *place)].write(t.ours(part)).result()
-    journal.add(job.name, job.nbytes, size=job.nbytes)
+            name, chunk = f"state/{array_name(learner, path)}", arrays[path].chunk_layout.write_chunk.shape
+            first = (*t.index, *(job.ranges.get(c, (0, 0))[0] for c in t.letters))
+            ours = np.expand_dims(t.ours(part), tuple(range(len(t.index))))
+            digests |= {f"{name}/{key}": d for key, d in write_chunks(step / name, chunk, first, ours).items()}
+    journal.add(job.name, job.nbytes, size=job.nbytes, sha256=digests)
     progress.add(job.nbytes)
 
 

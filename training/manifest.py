@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -45,14 +45,15 @@ def files(folder: epath.Path) -> dict[str, epath.Path]:
     return {name: file for name, file in sorted(_walk(folder, "")) if not _is_manifest(name)}
 
 
-def write(folder: epath.Path, process: int = 0, processes: int = 1) -> None:
+def write(folder: epath.Path, process: int = 0, processes: int = 1, known: Mapping[str, str] | None = None) -> None:
     """Hash the folder's files and write its manifest; with several processes each calls this and hashes a share.
 
+    `known`: digests of files, by their path within, that were taken as these were written, and are not read again.
     Returns, on every process, when the manifest is there. TimeoutError where another one's share does not come.
     """
     found = list(files(folder).items())[process::processes]
     with ThreadPoolExecutor(THREADS) as pool:
-        digests = pool.map(lambda item: digest(item[1]), found)
+        digests = pool.map(lambda item: (known or {}).get(item[0]) or digest(item[1]), found)
         share = {name: [file.stat().length, of] for (name, file), of in zip(found, digests, strict=True)}
     if process:
         persist(lambda: (folder / f"{FILE}.{process}").write_text(json.dumps(share)))

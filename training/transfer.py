@@ -163,6 +163,13 @@ def workplace(work: epath.Path, plan: dict[str, Any]) -> Iterator[None]:
         lock.close()
 
 
+def pwrite(fd: int, data: memoryview, offset: int) -> None:
+    """All of it: the system may write less at once."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done : done + 2**30], offset + done)
+
+
 def check_space(folder: epath.Path, nbytes: int) -> None:
     """ValueError if the disk that will hold `folder` has less room."""
     if "://" in os.fspath(folder):

@@ -24,9 +24,9 @@ from llama4_jax import hf
 from llama4_jax.config import ModelConfig, Rope, VisionConfig, with_vision
 from tools.quantised_loss import beside_transformers
 from tools.record_golden import our_state, random_weights
-from training import export, hf_import, quantised
+from training import export, hf_import, manifest, quantised
 from training.checkpoint import Checkpoints, restore_params
-from training.checkpoint_arrays import Arrays
+from training.checkpoint_arrays import ZARR, Arrays, create_array, write_chunks
 from training.config import MeshConfig, RunConfig
 from training.diff import compare, settings
 from training.export import export_run
@@ -178,6 +178,7 @@ def test_what_was_broken_off_is_gone_on_with(imported, tmp_path, monkeypatch, wa
     else:
         send(to, tmp_path / "again", shard_bytes=40_000)
         assert same_shards(folder, tmp_path / "again")
+        assert not manifest.problems(epath.Path(to) / "checkpoints" / "0")  # digests of all attempts, taken on the way
     made.clear()
     monkeypatch.setattr(kind, method, lambda *args: (made.append(2), original(*args))[1])
     to = tmp_path / "unbroken"
@@ -193,6 +194,25 @@ def test_what_does_not_fit_is_refused(imported, tmp_path):
     with pytest.raises(ValueError, match=r"--max-memory 0.10GB is too little: the least is \d"):
         export_run(Arrays(run), tmp_path / "x", about=About(), max_memory=100_000_000)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_chunks_are_the_files_that_tensorstore_writes(tmp_path, dtype):
+    draw, state = np.random.default_rng(0), epath.Path(tmp_path)
+    for n in range(12):
+        shape = tuple(draw.integers(1, 9, size=draw.integers(1, 5)).tolist())
+        chunk = tuple(int(draw.integers(-(-size // 3), size + 1)) for size in shape)
+        order = draw.permutation(len(shape))
+        values = draw.standard_normal([shape[i] for i in order]).astype(ZARR[dtype]).transpose(np.argsort(order))
+        theirs, ours = (create_array(state, f"{who}{n}", shape, chunk, dtype) for who in ("theirs", "ours"))
+        theirs.write(values).result()
+        half = chunk[0] * draw.integers(0, -(-shape[0] // chunk[0]))  # in two pieces, the first of which may be empty
+        digests = write_chunks(state / f"ours{n}", chunk, (0,) * len(shape), values[:half])
+        digests |= write_chunks(state / f"ours{n}", chunk, (int(half), *(0,) * (len(shape) - 1)), values[half:])
+        assert np.array_equal(ours.read().result(), values)
+        files = {name: manifest.digest(file) for name, file in manifest.files(state / f"theirs{n}").items()}
+        assert manifest.files(state / f"ours{n}").keys() == files.keys()
+        assert digests == {name: files[name] for name in digests} and files.keys() - digests == {".zarray"}
 
 
 # --- other layouts -------------------------------------------------------------------------------------------------
