@@ -66,7 +66,7 @@ def _write(cfg: RunConfig, args: argparse.Namespace) -> None:
     """What `training.loop.train` would have kept before its first step, but for the optimizer's state."""
     from data import tokenizer
     from training.hf_import import import_run
-    from training.loop import write_config
+    from training.record import write_config
     from training.transfer import parse_bytes
 
     overrides.check_vocabulary(cfg)

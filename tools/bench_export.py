@@ -35,8 +35,7 @@ from llama4_jax import hf
 from llama4_jax.config import ModelConfig, Rope
 from training.checkpoint import WEIGHTS_ALONE
 from training.checkpoint_arrays import array_name, create_array, weight_shapes, write_metadata
-from training.loop import write_config
-from training.record import run_record
+from training.record import run_record, write_config
 
 BLOCK = 2**24
 

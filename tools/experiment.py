@@ -75,9 +75,8 @@ def shuffle(folder: epath.Path) -> None:
     import jax
 
     from training.checkpoint import Checkpoints, load_config
-    from training.loop import write_config
     from training.mesh import make_mesh
-    from training.record import run_record
+    from training.record import run_record, write_config
     from training.state import abstract_state
 
     cfg = replace(load_config(folder / "teacher"), out=str(folder / "shuffled"))

@@ -44,7 +44,7 @@ from training.record import run_record
 from training.safetensors_header import DTYPES, INDEX, Stored, read_json, stored_tensors
 from training.transfer import Budget, Journal, Progress, check_space, read_journal, run_all, workplace
 
-PIECE_BYTES = 2**26
+PIECE_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def import_run(
                 check_space(run, total)
         sync_global_devices(f"import made {run}")
         arrays = _create_all(opened, learner, step / "state")
-        journal = Journal(work / f"journal-{jax.process_index()}.jsonl", lambda: None)  # each chunk is synced
+        journal = Journal(work / f"journal-{jax.process_index()}.jsonl", os.sync)  # thousands of files
         mine = [job for i, job in enumerate(jobs) if i % jax.process_count() == jax.process_index()]
         progress = Progress("import", sum(j.nbytes for j in mine), sum(e["size"] for e in journal.done.values()), log)
         run_all(
@@ -275,8 +275,7 @@ def _move(
         return
     t, digests = job.tensor, {}
     with budget.hold(4 * job.nbytes):  # as read (quantised ones twice and more), as one of ours, and as a chunk
-        theirs = _read(opened, job)
-        for path, part in zip(t.paths, np.split(theirs, len(t.paths), axis=-1), strict=True):
+        for path, part in zip(t.paths, _read(opened, job), strict=True):
             name, chunk = f"state/{array_name(learner, path)}", arrays[path].chunk_layout.write_chunk.shape
             first = (*t.index, *(job.ranges.get(c, (0, 0))[0] for c in t.letters))
             ours = np.expand_dims(t.ours(part), tuple(range(len(t.index))))
@@ -285,12 +284,14 @@ def _move(
     progress.add(job.nbytes)
 
 
-def _read(opened: Folder, job: _Job) -> np.ndarray:
-    """A piece, in their layout; where theirs is several of ours, side by side, at once."""
-    t = job.tensor
-    box = t.theirs(job.ranges)[0]
-    box[-1] = (box[-1][0], box[-1][0] + (box[-1][1] - box[-1][0]) * len(t.paths))
-    return opened.stored[t.name].box(box)
+def _read(opened: Folder, job: _Job) -> list[np.ndarray]:
+    """A piece, in their layout: a part for each of our weights that lie in it side by side."""
+    t, stored = job.tensor, opened.stored[job.tensor.name]
+    boxes = t.theirs(job.ranges)
+    if len(boxes) == 1:
+        return [stored.box(boxes[0])]
+    assert isinstance(stored, Stored), f"{t.name} is fused and quantised"  # such releases have them apart
+    return stored.split([*boxes[0][:-1], (boxes[0][-1][0], boxes[-1][-1][1])], len(boxes))
 
 
 def _dtypes(opened: Folder) -> dict[hf.Path, hf.Tensor]:

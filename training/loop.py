@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import signal
 import time
@@ -29,9 +27,9 @@ from training.lock import RunLock
 from training.mesh import BATCH_SPEC, check_fits, make_mesh, row_share
 from training.metrics import Console, Writers, read
 from training.recheck import rechecked
-from training.record import check_resumable, run_record
+from training.record import check_resumable, run_record, write_config
 from training.reporter import Kept, Pending, Reporter
-from training.start import CONFIG, check_init, initial_state, open_targets, stage_corpus
+from training.start import check_init, initial_state, open_targets, stage_corpus
 from training.state import abstract_state
 from training.status import STOPPED
 from training.step import make_train_step
@@ -272,12 +270,6 @@ def _go_back(run: _Run, stage: _Stage, bad: BadStep, cfg: RunConfig) -> _Stage:
 
 
 # --- Before the first step
-
-
-def write_config(folder: epath.Path, cfg: RunConfig) -> None:
-    """The resolved config, `dataclasses.asdict` as JSON, into the run's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
 
 
 def _check_vocabulary(cfg: RunConfig, corpus: Corpus) -> None:

@@ -9,13 +9,23 @@ import typing
 from collections.abc import Container, Mapping
 from typing import Any
 
+from etils import epath
+
 from training.config import RunConfig
 
+CONFIG = "config.json"
+"""Of a run's folder; a Hugging Face folder calls its own so, too."""
 RESUMABLE = ("name", "out", "mesh", "train.steps", "train.log_every", "train.eval_every", "train.eval_batches",
              "train.checkpoint_every", "train.checkpoint_keep", "train.checkpoint_keep_every", "safety")  # fmt: skip
 """Config fields that a resumed run may change freely; of a learner all but its model, too."""
 RESUMABLE_OF_A_STAGE = ("mesh", "microbatches", "remat", "schedule")
 """Likewise of a stage that has begun; one that has not may change as it likes, or come or go."""
+
+
+def write_config(folder: epath.Path, cfg: RunConfig) -> None:
+    """The resolved config, `dataclasses.asdict` as JSON, into the run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
 
 
 def run_record(cfg: RunConfig, tokenizer: str) -> dict[str, Any]:

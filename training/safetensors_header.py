@@ -34,6 +34,8 @@ MAX_INDEX_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
 GAP = 2**15
 """Stretches of a file that lie closer are read with what is between them."""
+VECTOR = 1024
+"""Buffers that one call of the system fills (IOV_MAX)."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,32 @@ class Stored:
             for n, index in enumerate(np.ndindex(*out.shape[:inner])):
                 offset = base + sum(i * strides[dim] for dim, i in enumerate(index))
                 if exact:
-                    reader.into(flat[n * nbytes : (n + 1) * nbytes], offset)
+                    reader.into([flat[n * nbytes : (n + 1) * nbytes].data], offset)
                     continue
                 # Some rows at a time, which are cut to the box in memory.
                 step = max(1, 2**24 // strides[inner])
                 for first in range(0, out.shape[inner], step):
                     rows = min(step, out.shape[inner] - first)
                     wide = np.empty((rows, *self.shape[inner + 1 :]), dtype)
-                    reader.into(wide.reshape(-1).view(np.uint8), offset + first * strides[inner])
+                    reader.into([wide.reshape(-1).view(np.uint8).data], offset + first * strides[inner])
                     cut = wide[(slice(None), *(slice(a, b) for a, b in beside))]
                     out[index][first : first + rows] = cut
+        return out
+
+    def split(self, ranges: Sequence[tuple[int, int]], parts: int) -> list[np.ndarray]:
+        """A box that is one stretch of the file, cut into `parts` along its last dimension as it is read."""
+        dtype = ALL_DTYPES[self.dtype]
+        *outer, last = (b - a for a, b in ranges)
+        if last != self.shape[-1] or any(n != 1 for n in outer[:-1]):
+            raise ValueError(f"split: {list(ranges)} is not one stretch of a tensor of shape {self.shape}")
+        out = [np.empty((*outer, last // parts), dtype) for _ in range(parts)]
+        first = sum(a * math.prod(self.shape[i + 1 :]) for i, (a, _) in enumerate(ranges)) * dtype.itemsize
+        rows = [part.reshape(-1, last // parts).view(np.uint8) for part in out]
+        with Reader(self.file) as reader:
+            some = VECTOR // parts
+            for row in range(0, len(rows[0]), some):
+                buffers = [part[i].data for i in range(row, min(row + some, len(rows[0]))) for part in rows]
+                reader.into(buffers, self.start + first + row * last * dtype.itemsize)
         return out
 
 
@@ -107,21 +125,25 @@ class Reader:
         if self._stream is not None:
             self._stream.close()
 
-    def into(self, buffer: np.ndarray, offset: int) -> None:
-        """Fill a buffer of bytes from there; ValueError where the file ends before."""
-        view, done = buffer.data, 0
-        while done < len(view):
+    def into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Fill buffers of bytes one after the other from there; ValueError where the file ends before."""
+        left = [buffer for buffer in buffers if len(buffer)]
+        while left:
             if self._fd is not None:
-                got = os.preadv(self._fd, [view[done:]], offset + done)
+                got = os.preadv(self._fd, left, offset)
             else:
                 assert self._stream is not None
-                self._stream.seek(offset + done)
-                data = self._stream.read(len(view) - done)
+                self._stream.seek(offset)
+                data = self._stream.read(len(left[0]))
                 got = len(data)
-                view[done : done + got] = data
+                left[0][:got] = data
             if got == 0:
-                raise ValueError(f"{self._file} ended at byte {offset + done} while it was read")
-            done += got
+                raise ValueError(f"{self._file} ended at byte {offset} while it was read")
+            offset += got
+            while left and got >= len(left[0]):
+                got -= len(left.pop(0))
+            if got:
+                left[0] = left[0][got:]
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

@@ -21,11 +21,10 @@ from training.checkpoint import Checkpoints, abstract_params, named_leaves
 from training.config import RunConfig
 from training.hf_import import load_hf
 from training.model_folder import read_config
+from training.record import CONFIG
 from training.state import TrainState, create_state
 from training.target_sources import TargetSource, open_source
 
-CONFIG = "config.json"
-"""Of a run's folder, and of a Hugging Face folder."""
 SHARED = "shared:"
 """A learner's `init` of a model of another size."""
 

@@ -98,7 +98,7 @@ class Journal:
         """`sync` brings what was written so far onto the disk."""
         self._file, self._sync = file, sync
         self._pending: list[dict[str, Any]] = []
-        self._bytes, self._lock = 0, threading.Lock()
+        self._bytes, self._lock, self._writing = 0, threading.Lock(), threading.Lock()
         self.done: dict[str, dict[str, Any]] = read_journal(file)
         if file.exists():  # lines are added behind the last whole one
             text = file.read_text()
@@ -109,24 +109,23 @@ class Journal:
         with self._lock:
             self._pending.append({"name": name, **entry})
             self._bytes += nbytes
-            if self._bytes >= SYNC_BYTES:
-                self._write()
+            due = self._bytes >= SYNC_BYTES
+            self._bytes = 0 if due else self._bytes
+        if due:
+            self.flush()
 
     def flush(self) -> None:
-        with self._lock:
-            self._write()
-
-    def _write(self) -> None:
-        if not self._pending:
-            return
-        self._sync()
-        lines = "".join(json.dumps(entry) + "\n" for entry in self._pending)
-        with open(self._file, "a") as f:
-            f.write(lines)
-            f.flush()
-            os.fsync(f.fileno())
-        self.done |= {entry["name"]: entry for entry in self._pending}
-        self._pending, self._bytes = [], 0
+        with self._writing:  # in order; meanwhile others go on to add
+            with self._lock:
+                entries, self._pending, self._bytes = self._pending, [], 0
+            if not entries:
+                return
+            self._sync()
+            with open(self._file, "a") as f:
+                f.write("".join(json.dumps(entry) + "\n" for entry in entries))
+                f.flush()
+                os.fsync(f.fileno())
+            self.done |= {entry["name"]: entry for entry in entries}
 
 
 def read_journal(file: epath.Path) -> dict[str, dict[str, Any]]:

@@ -203,7 +203,7 @@ def _digest(stored: dict[str, Stored], progress: Progress, name: str) -> str:
     with Reader(entry.file) as reader:
         for start in range(0, entry.nbytes, 2**24):
             part = buffer[: min(2**24, entry.nbytes - start)]
-            reader.into(part, entry.start + start)
+            reader.into([part.data], entry.start + start)
             found.update(part.data)
             progress.add(len(part))
     return found.hexdigest()

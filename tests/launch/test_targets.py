@@ -24,9 +24,8 @@ from data.loader import Corpus
 from launch import cli, overrides
 from launch.startup import open_corpus
 from training.checkpoint import Checkpoints, load_config, restore_params
-from training.loop import write_config
 from training.mesh import make_mesh
-from training.record import run_record
+from training.record import run_record, write_config
 from training.state import create_state, graphdef
 from training.targets import Reader
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from functools import cache
@@ -164,6 +165,23 @@ def test_any_box_of_a_tensor_is_read(tmp_path, monkeypatch, gap):
     for _ in range(100):
         box = [tuple(sorted(rng.choice(n + 1, 2, replace=False).tolist())) for n in x.shape]
         np.testing.assert_array_equal(stored["x"].box(box), x[tuple(slice(a, b) for a, b in box)])
+
+
+@pytest.mark.parametrize("at_once", [10**9, 13])
+def test_parts_side_by_side_are_read_apart(tmp_path, monkeypatch, at_once):
+    """However little the system reads at once."""
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: read(fd, [buffers[0][:at_once]], offset))
+    monkeypatch.setattr(safetensors_header, "VECTOR", 4)
+    x = np.arange(3 * 5 * 6, dtype=np.int32).reshape(3, 5, 6)
+    safetensors.numpy.save_file({"before": x[0], "x": x}, tmp_path / "model.safetensors")
+    stored = safetensors_header.stored_tensors(safetensors_header.epath.Path(tmp_path))["x"]
+    for first, last in ((0, 5), (1, 4), (4, 5)):
+        found = stored.split([(2, 3), (first, last), (0, 6)], 2)
+        np.testing.assert_array_equal(found, np.split(x[2:3, first:last], 2, axis=-1))
+    for apart in ([(0, 1), (0, 5), (0, 4)], [(0, 2), (0, 5), (0, 6)]):
+        with pytest.raises(ValueError, match="is not one stretch"):
+            stored.split(apart, 2)
 
 
 def test_an_interrupted_export_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):

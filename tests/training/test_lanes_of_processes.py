@@ -13,7 +13,7 @@ from support import run_processes
 
 from data.loader import Corpus
 from training.config import RunConfig
-from training.loop import write_config
+from training.record import write_config
 
 TRAIN = """
 import json, sys

@@ -13,9 +13,9 @@ from etils import epath
 from training import checkpoint
 from training.checkpoint import Checkpoints, named_leaves
 from training.config import MeshConfig
-from training.loop import train, write_config
+from training.loop import train
 from training.mesh import make_mesh
-from training.record import run_record
+from training.record import run_record, write_config
 from training.start import given_params, initial_state, shared_weights
 from training.state import create_state
 

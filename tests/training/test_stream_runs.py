@@ -20,8 +20,9 @@ from support import ROOT, kill, running
 from data.loader import Corpus
 from training import stream
 from training.config import Distillation, RunConfig
-from training.loop import train, write_config
+from training.loop import train
 from training.metrics import read
+from training.record import write_config
 from training.serve import make_server
 from training.stream import Stream
 from training.target_record import Form

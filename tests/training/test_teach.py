@@ -15,9 +15,8 @@ from support import run_processes
 from data.loader import Corpus
 from training.checkpoint import Checkpoints
 from training.config import MeshConfig, RunConfig
-from training.loop import write_config
 from training.mesh import make_mesh
-from training.record import run_record
+from training.record import run_record, write_config
 from training.state import create_state
 from training.targets import Reader
 
