@@ -6,15 +6,18 @@ from dataclasses import replace
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from data.batch import Batch
 from llama4_jax.config import tiny_maverick, tiny_scout
 from training.config import Learner, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from training.mesh import BATCH_SPEC, check_fits, make_mesh
-from training.state import TrainState, abstract_state, create_state
+from training.program import walk
+from training.state import TrainState, abstract_state, create_state, execution
 from training.step import gradient, make_train_step
 
 B, T, CHUNK, V, DOMAINS, STEPS = 8, 64, 16, 128, 2, 5
@@ -180,6 +183,34 @@ def test_weights_are_stored_where_the_rules_say():
     assert experts.sharding.shard_shape(experts.shape) == (2, E // 2, D // 2, F // 2)
     wq = params["blocks"]["layers"][0]["attention"]["wq_DNH"].get_value()
     assert wq.sharding.shard_shape(wq.shape) == (2, wq.shape[1] // 4, wq.shape[2] // 2, wq.shape[3])
+
+
+def test_weights_gathered_as_gpus_do_it_are_the_same(monkeypatch):
+    """To the bit, and their gradients too: gathered in front and moved, or along the dimension they are stored over."""
+    monkeypatch.setattr("llama4_jax.axes.TOGETHER", 0)  # none of them flat
+    cfg, mesh = run_config(replace(tiny_maverick(), **SIZES)), make_mesh(MeshConfig(expert=2, fsdp=2, tensor=2))
+    params = create_state(cfg, mesh).learners["scout"].params["blocks"]["layers"][1]
+    run = replace(execution(cfg.learners["scout"], mesh), dispatch="all_to_all")
+    specs = run.specs(params)
+
+    def fetched(platform):
+        def local(params):
+            whole, back = jax.vjp(replace(run, platform=platform).fetch, params)
+            return jax.tree.map(lambda x: x[None], whole), back(jax.tree.map(jnp.sin, whole))[0]
+
+        rest = jax.tree.map(lambda _: P(mesh.axis_names), specs)
+        return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=(rest, specs), check_vma=False))
+
+    found = {platform: fetched(platform) for platform in ("tpu", "gpu")}
+    for a, b in zip(*(jax.tree.leaves(f(params)) for f in found.values()), strict=True):
+        np.testing.assert_array_equal(a, b)
+    inside = {
+        platform: {
+            (one.eqn.params["tiled"], one.eqn.params["all_gather_dimension"])
+            for one in walk(f.trace(params).jaxpr.jaxpr) if one.name == "all_gather"
+        } for platform, f in found.items()
+    }  # fmt: skip
+    assert inside["gpu"] == {(False, 0)} and all(tiled for tiled, _ in inside["tpu"]) and (True, 2) in inside["tpu"]
 
 
 def test_what_does_not_divide_is_refused_in_a_line():
