@@ -196,7 +196,7 @@ def test_weights_gathered_as_gpus_do_it_are_the_same(monkeypatch):
     def fetched(platform):
         def local(params):
             whole, back = jax.vjp(replace(run, platform=platform).fetch, params)
-            return jax.tree.map(lambda x: x[None], whole), back(jax.tree.map(jnp.sin, whole))[0]
+            return jax.tree.map(lambda x: x[None], whole), back(jax.tree.map(jnp.sin, whole))[0]  # pyright: ignore
 
         rest = jax.tree.map(lambda _: P(mesh.axis_names), specs)
         return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=(rest, specs), check_vma=False))
