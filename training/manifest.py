@@ -22,7 +22,7 @@ from etils import epath
 FILE = "manifest.json"
 VERSION = 1
 THREADS = min(8, os.cpu_count() or 1)  # hashing leaves the interpreter free
-PIECE = 1 << 22
+PIECE = 1 << 20
 PATIENCE = 1800.0
 """Seconds for which a process waits for what others write."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
