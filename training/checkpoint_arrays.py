@@ -1,4 +1,4 @@
-"""The arrays of a run's checkpoint one slice at a time, through TensorStore: read of any, written of weights alone.
+"""The arrays of a run's checkpoint one slice at a time: read of any, through TensorStore; written of weights alone.
 
 `training/checkpoint.py` saves and restores whole states that live on devices. This is for weights that need not fit
 into memory: an export reads them chunk by chunk, an import writes them so.
@@ -115,9 +115,12 @@ def chunk_sizes(t: hf.Tensor, itemsize: int) -> dict[str, int]:
     """Of a chunk in each of our letters, for a weight of one place of layers and experts.
 
     An eighth of D, over which training shards, so that a device reads little beside its own; of the letter that leads
-    their tensor as much as `CHUNK_BYTES` hold, so that what is written at once lies together there.
+    their tensor as much as `CHUNK_BYTES` hold, so that what is written at once lies together there. Of
+    fused experts one.
     """
     sizes = {letter: t.sizes[letter] for letter in t.letters}
+    if len(t.groups) == 3:
+        sizes[t.groups[0]] = 1
     lead = rows_letter(t)
     if lead != "D" and "D" in sizes and math.prod(sizes.values()) * itemsize >= 2**25:
         sizes["D"] = -(-sizes["D"] // 8)

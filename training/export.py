@@ -29,8 +29,20 @@ from llama4_jax import hf
 from llama4_jax.config import ModelConfig
 from training import model_folder, quantised
 from training.checkpoint_arrays import Arrays, array_name, pieces
+from training.manifest import files as all_files
 from training.safetensors_header import ALL_DTYPES, DTYPES, header_bytes
-from training.transfer import Budget, Journal, Progress, check_space, pwrite, read_journal, run_all, workplace
+from training.transfer import (
+    Budget,
+    Journal,
+    Progress,
+    check_space,
+    fsync,
+    power_of_two,
+    pwrite,
+    read_journal,
+    run_all,
+    workplace,
+)
 
 CODES = {"float32": "F32", "bfloat16": "BF16"}
 """What weights can be exported as."""
@@ -101,7 +113,7 @@ def export_run(
     local = "://" not in os.fspath(folder)
     work = folder.with_name(f".{folder.name}.partial") if local else folder
     identity = dict(source=arrays.identity(), learner=arrays.learner, dtype=dtype, shard_bytes=shard_bytes,
-                    quant=quant and quant.name, jobs=len(jobs))  # fmt: skip
+                    quant=quant and quant.name, jobs=len(jobs), piece_bytes=plan.piece_bytes)  # fmt: skip
     first = jax.process_index() == 0
     with ExitStack() as stack:
         if local and first:
@@ -122,9 +134,11 @@ def export_run(
             index = {file: [(o.name, o.code, o.shape) for o in some] for file, some in plan.shards.items()}
             model_folder.write(work, arrays.model, index, dtype, about, manifest, quant)
             if local:
+                fsync(all_files(work).values())
                 for leftover in [*work.glob("journal-*.jsonl"), work / "plan.json"]:
                     leftover.unlink()
                 work.rename(folder)
+                fsync([folder])
             else:
                 (work / ".journal").rmtree()
         sync_global_devices(f"export named {folder}")
@@ -162,7 +176,8 @@ class _Plan:
 
     def __init__(self, arrays: Arrays, jobs: list[Job], shards: Shards, budget: Budget, threads: int):
         self.arrays, self.jobs, self.shards, self.budget, self.threads = arrays, jobs, shards, budget, threads
-        self.share = budget.total // threads
+        # A power of two, so that what the process needs as it starts changes nothing: the journal counts pieces.
+        self.piece_bytes = power_of_two(min(PIECE_BYTES, budget.total // threads // 4))
         self.place: dict[str, tuple[str, int]] = {}
         for file, some in shards.items():
             offset = len(shard_header(some))
@@ -187,7 +202,7 @@ class _Plan:
         return dict(zip(t.letters, shape[len(t.index) :], strict=True))
 
     def pieces(self, job: Job) -> list[dict[str, tuple[int, int]]]:
-        room = min(PIECE_BYTES, self.share // 4) // job.dtype.itemsize
+        room = self.piece_bytes // job.dtype.itemsize
         if len(job.outputs) > 1:  # scales and packed numbers need whole groups, which whole rows have
             room //= 4
         return list(pieces(job.tensor, self.chunk(job.tensor), room))
@@ -198,10 +213,7 @@ class _Plan:
         box = t.theirs(ranges)[0]
         size = math.prod(b - a for a, b in box) * len(t.paths) * job.dtype.itemsize
         factor = 1 if len(job.outputs) == 1 else 4
-        return factor * size + 2 * max(self._sub_bytes(), self._chunk_bytes(t))
-
-    def _sub_bytes(self) -> int:
-        return min(PIECE_BYTES, self.share // 4)
+        return factor * size + 2 * max(self.piece_bytes, self._chunk_bytes(t))
 
     def _chunk_bytes(self, t: hf.Tensor) -> int:
         return math.prod(self.arrays.chunk(t.paths[0])) * self.arrays.array(t.paths[0]).dtype.numpy_dtype.itemsize
@@ -231,7 +243,7 @@ class _Plan:
             array = self.arrays.array(path)
             source = (array if array.dtype.numpy_dtype == job.dtype else ts.cast(array, ts.dtype(job.dtype)))[t.index]
             itemsize = array.dtype.numpy_dtype.itemsize
-            for sub in _boxes(t, ranges, chunk, self._sub_bytes() // itemsize):
+            for sub in _boxes(t, ranges, chunk, self.piece_bytes // itemsize):
                 here = tuple(slice(a - ranges.get(c, (0, 0))[0], b - ranges.get(c, (0, 0))[0]) for c, (a, b) in sub)
                 there = source[tuple(slice(a, b) for _, (a, b) in sub)][ts.d[:].translate_to[0]]
                 ts.array(view[here], dtype=ts.dtype(job.dtype), copy=False, write=True).write(there).result()
@@ -256,7 +268,9 @@ def _local(plan: _Plan, work: epath.Path, log: Callable[[str], object] | None) -
     """This process's tensors into the shards laid out in a local folder; their digests go into its journal."""
     mine = plan.mine([(job, sum(o.nbytes for o in job.outputs)) for job in plan.jobs])
     files = {file: os.open(work / file, os.O_RDWR) for file in {plan.place[o.name][0] for j in mine for o in j.outputs}}
-    journal = Journal(work / f"journal-{jax.process_index()}.jsonl", lambda: [os.fdatasync(f) for f in files.values()])  # pyright: ignore
+    journal = Journal(
+        work / f"journal-{jax.process_index()}.jsonl", lambda _: [os.fdatasync(f) for f in files.values()]
+    )  # pyright: ignore
     total = sum(o.nbytes for job in mine for o in job.outputs)
     progress = Progress("export", total, sum(sum(e["bytes"]) for e in journal.done.values()), log)
 

@@ -38,11 +38,12 @@ from training.checkpoint_arrays import (
     write_metadata,
 )
 from training.config import RunConfig
+from training.manifest import files as all_files
 from training.model_folder import CONFIG
 from training.quantised import Dequantised, dequantised
 from training.record import run_record
 from training.safetensors_header import DTYPES, INDEX, Stored, read_json, stored_tensors
-from training.transfer import Budget, Journal, Progress, check_space, read_journal, run_all, workplace
+from training.transfer import Budget, Journal, Progress, check_space, fsync, read_journal, run_all, workplace
 
 PIECE_BYTES = 2**24
 
@@ -202,14 +203,17 @@ def import_run(
     first = jax.process_index() == 0
     with ExitStack() as stack:
         if first:
-            plan = dict(source=_identity(opened), record=record)
+            plan = dict(format=2, source=_identity(opened), record=record)
             stack.enter_context(workplace(work, plan))
             (step / "state").mkdir(parents=True, exist_ok=True)
             if not list((work).glob("journal-*")):
                 check_space(run, total)
         sync_global_devices(f"import made {run}")
         arrays = _create_all(opened, learner, step / "state")
-        journal = Journal(work / f"journal-{jax.process_index()}.jsonl", os.sync)  # thousands of files
+        journal = Journal(
+            work / f"journal-{jax.process_index()}.jsonl",
+            lambda some: fsync(step / name for e in some for name in e["sha256"]),
+        )
         mine = [job for i, job in enumerate(jobs) if i % jax.process_count() == jax.process_index()]
         progress = Progress("import", sum(j.nbytes for j in mine), sum(e["size"] for e in journal.done.values()), log)
         run_all(
@@ -230,11 +234,14 @@ def import_run(
             journals = list(work.glob("journal-*"))
             digests = {k: v for one in journals for e in read_journal(one).values() for k, v in e["sha256"].items()}
             write_metadata(step, meta | {"step": ((), ())}, digests, data=WEIGHTS_ALONE, run=record)
+            chunks = {f"checkpoints/0/{name}" for name in digests}
+            fsync(file for name, file in all_files(work).items() if name not in chunks)
             for leftover in [*journals, work / "plan.json"]:
                 leftover.unlink()
             if run.exists():
                 run.rmdir()
             work.rename(run)
+            fsync([run])
         sync_global_devices(f"import named {run}")
     return total
 
@@ -247,6 +254,7 @@ class _Job:
     tensor: hf.Tensor
     ranges: Mapping[str, tuple[int, int]]
     nbytes: int
+    memory: int
 
 
 def _plan_jobs(opened: Folder, learner: str, budget: Budget, threads: int) -> list[_Job]:
@@ -254,10 +262,14 @@ def _plan_jobs(opened: Folder, learner: str, budget: Budget, threads: int) -> li
     room = min(PIECE_BYTES, budget.total // threads // 4)
     for t in opened.table:
         itemsize = DTYPES[opened.stored[t.name].dtype].itemsize
-        for n, ranges in enumerate(pieces(t, chunk_sizes(t, itemsize), room // itemsize)):
+        chunk = chunk_sizes(t, itemsize)
+        for ranges in pieces(t, chunk, room // itemsize):
             size = math.prod(b - a for a, b in t.theirs(ranges)[0]) * len(t.paths) * itemsize
-            budget.check(4 * size, t.name)
-            jobs.append(_Job(f"{t.name} {n}", t, ranges, size))
+            # As read, and a chunk as it goes to its file; quantised ones also as codes and as scales for each of them.
+            memory = 4 * size if isinstance(opened.stored[t.name], Dequantised) else size
+            memory += 2 * math.prod(chunk.values()) * itemsize
+            budget.check(memory, t.name)
+            jobs.append(_Job(f"{t.name} {json.dumps(ranges)}", t, ranges, size, memory))
     return jobs
 
 
@@ -274,7 +286,7 @@ def _move(
     if job.name in journal.done:
         return
     t, digests = job.tensor, {}
-    with budget.hold(4 * job.nbytes):  # as read (quantised ones twice and more), as one of ours, and as a chunk
+    with budget.hold(job.memory):
         for path, part in zip(t.paths, _read(opened, job), strict=True):
             name, chunk = f"state/{array_name(learner, path)}", arrays[path].chunk_layout.write_chunk.shape
             first = (*t.index, *(job.ranges.get(c, (0, 0))[0] for c in t.letters))
@@ -312,10 +324,7 @@ def _create_all(opened: Folder, learner: str, state: epath.Path) -> dict[hf.Path
     for path, t in _dtypes(opened).items():
         dtype = DTYPES[opened.stored[t.name].dtype]
         inner = chunk_sizes(t, dtype.itemsize)
-        sizes = [inner[c] for c in t.letters]
-        if len(t.groups) == 3:  # fused experts: a chunk holds one
-            sizes[0] = 1
-        chunks = (*(1 for _ in t.index), *sizes)
+        chunks = (*(1 for _ in t.index), *(inner[c] for c in t.letters))
         made[path] = create_array(state, array_name(learner, path), shapes[path], chunks, dtype.name)
     return made
 

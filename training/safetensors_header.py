@@ -7,6 +7,7 @@ memory: mapped pages count as the process's own.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -134,9 +135,11 @@ class Reader:
             else:
                 assert self._stream is not None
                 self._stream.seek(offset)
-                data = self._stream.read(len(left[0]))
+                data = memoryview(self._stream.read(sum(map(len, left))))
                 got = len(data)
-                left[0][:got] = data
+                for buffer, end in zip(left, itertools.accumulate(map(len, left)), strict=True):
+                    part = data[end - len(buffer) : min(end, got)]
+                    buffer[: len(part)] = part
             if got == 0:
                 raise ValueError(f"{self._file} ended at byte {offset} while it was read")
             offset += got

@@ -22,7 +22,7 @@ from typing import Any
 from etils import epath
 
 SYNC_BYTES = 2**29
-"""So much is written before the journal says so: what a kill can cost."""
+"""So much is written before the journal says so, and what comes while it does: what a kill can cost."""
 LEAST = 2**28
 """Below this a budget is of no use."""
 
@@ -94,11 +94,11 @@ def run_all(jobs: Iterable[Callable[[], None]], threads: int) -> None:
 class Journal:
     """What is done, by name, in a file of JSON lines; a line that a kill cut short does not count."""
 
-    def __init__(self, file: epath.Path, sync: Callable[[], None]):
-        """`sync` brings what was written so far onto the disk."""
+    def __init__(self, file: epath.Path, sync: Callable[[list[dict[str, Any]]], object]):
+        """`sync` brings what entries speak of onto the disk; where it raises nothing more is noted."""
         self._file, self._sync = file, sync
         self._pending: list[dict[str, Any]] = []
-        self._bytes, self._lock, self._writing = 0, threading.Lock(), threading.Lock()
+        self._bytes, self._lock, self._writing, self._failed = 0, threading.Lock(), threading.Lock(), False
         self.done: dict[str, dict[str, Any]] = read_journal(file)
         if file.exists():  # lines are added behind the last whole one
             text = file.read_text()
@@ -118,14 +118,15 @@ class Journal:
         with self._writing:  # in order; meanwhile others go on to add
             with self._lock:
                 entries, self._pending, self._bytes = self._pending, [], 0
-            if not entries:
+            if self._failed or not entries:
                 return
-            self._sync()
+            self._failed = True  # until all of it is there: a later entry may speak of the same bytes
+            self._sync(entries)
             with open(self._file, "a") as f:
                 f.write("".join(json.dumps(entry) + "\n" for entry in entries))
                 f.flush()
                 os.fsync(f.fileno())
-            self.done |= {entry["name"]: entry for entry in entries}
+            self._failed = False
 
 
 def read_journal(file: epath.Path) -> dict[str, dict[str, Any]]:
@@ -167,6 +168,22 @@ def pwrite(fd: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done : done + 2**30], offset + done)
+
+
+def fsync(files: Iterable[epath.Path]) -> None:
+    """Local files, and that they are in their folders, onto the disk; OSError where that failed."""
+    files = list(files)
+    for path in [*files, *dict.fromkeys(file.parent for file in files)]:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def power_of_two(most: int) -> int:
+    """The largest one that is no more."""
+    return 1 << (most.bit_length() - 1)
 
 
 def check_space(folder: epath.Path, nbytes: int) -> None:

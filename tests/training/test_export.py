@@ -167,11 +167,24 @@ def test_any_box_of_a_tensor_is_read(tmp_path, monkeypatch, gap):
         np.testing.assert_array_equal(stored["x"].box(box), x[tuple(slice(a, b) for a, b in box)])
 
 
+class Few:
+    """A stream that reads no more than so much at once."""
+
+    def __init__(self, stream, most: int):
+        self.seek, self.close = stream.seek, stream.close
+        self.read = lambda n: stream.read(min(n, most))
+
+
+@pytest.mark.parametrize("local", [True, False])
 @pytest.mark.parametrize("at_once", [10**9, 13])
-def test_parts_side_by_side_are_read_apart(tmp_path, monkeypatch, at_once):
-    """However little the system reads at once."""
+def test_parts_side_by_side_are_read_apart(tmp_path, monkeypatch, at_once, local):
+    """However little the system, or an object store, reads at once."""
     read = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: read(fd, [buffers[0][:at_once]], offset))
+    if not local:
+        monkeypatch.setattr(safetensors_header.Reader, "__init__", lambda self, file: vars(self).update(
+            _file=file, _fd=None, _stream=Few(file.open("rb"), at_once)
+        ))  # fmt: skip
     monkeypatch.setattr(safetensors_header, "VECTOR", 4)
     x = np.arange(3 * 5 * 6, dtype=np.int32).reshape(3, 5, 6)
     safetensors.numpy.save_file({"before": x[0], "x": x}, tmp_path / "model.safetensors")

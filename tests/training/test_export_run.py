@@ -21,12 +21,12 @@ from flax import nnx
 import configs
 from data.tokenizer import from_bytes, train_bpe
 from llama4_jax import hf
-from llama4_jax.config import ModelConfig, Rope, VisionConfig, with_vision
+from llama4_jax.config import ModelConfig, Rope, VisionConfig, behemoth, maverick, scout, with_vision
 from tools.quantised_loss import beside_transformers
 from tools.record_golden import our_state, random_weights
-from training import export, hf_import, manifest, quantised
+from training import export, hf_import, manifest, quantised, transfer
 from training.checkpoint import Checkpoints, restore_params
-from training.checkpoint_arrays import ZARR, Arrays, create_array, write_chunks
+from training.checkpoint_arrays import ZARR, Arrays, chunk_sizes, create_array, write_chunks
 from training.config import MeshConfig, RunConfig
 from training.diff import compare, settings
 from training.export import export_run
@@ -34,7 +34,7 @@ from training.export_params import save_hf
 from training.hf_import import import_run, load_hf
 from training.mesh import make_mesh
 from training.model_folder import About
-from training.safetensors_header import read_header, stored_tensors
+from training.safetensors_header import Stored, read_header, stored_tensors
 from training.state import abstract_state, init_state
 from training.verify import check_files
 from training.weights import open_weights
@@ -170,7 +170,11 @@ def test_what_was_broken_off_is_gone_on_with(imported, tmp_path, monkeypatch, wa
         with pytest.raises(KeyboardInterrupt):
             start()
         assert not to.exists() and not list(tmp_path.rglob("config.json"))
+    hashed: list[Path] = []
+    digest = manifest.digest
+    monkeypatch.setattr(manifest, "digest", lambda file: (hashed.append(Path(file)), digest(file))[1])
     start()
+    monkeypatch.setattr(manifest, "digest", digest)
     pieces = len(made)
     monkeypatch.setattr(kind, method, original)
     if way == "export":
@@ -178,13 +182,59 @@ def test_what_was_broken_off_is_gone_on_with(imported, tmp_path, monkeypatch, wa
     else:
         send(to, tmp_path / "again", shard_bytes=40_000)
         assert same_shards(folder, tmp_path / "again")
-        assert not manifest.problems(epath.Path(to) / "checkpoints" / "0")  # digests of all attempts, taken on the way
+        assert not manifest.problems(epath.Path(to) / "checkpoints" / "0")
+        chunks = {file for file in hashed if file.name[0].isdigit() and file.parent.name != "step"}
+        assert hashed and not chunks  # those of all attempts were taken on the way
     made.clear()
     monkeypatch.setattr(kind, method, lambda *args: (made.append(2), original(*args))[1])
     to = tmp_path / "unbroken"
     start()
     assert len(made) <= pieces < 1.5 * len(made)  # little was done twice
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("way", ["export", "import"])
+@pytest.mark.parametrize("sizes", [(1024, 4096), (4096, 1024)])
+def test_other_pieces_than_before_are_not_taken_for_the_same(imported, tmp_path, monkeypatch, way, sizes):
+    """What was broken off goes on with other memory or threads, which cut other pieces."""
+    name, folder, run = imported
+    if name != "scout":
+        pytest.skip("one model suffices")
+    monkeypatch.setattr("training.transfer.SYNC_BYTES", 2000)
+    monkeypatch.setattr("training.checkpoint_arrays.CHUNK_BYTES", 1024)
+    kind, method = (export._Plan, "read") if way == "export" else (hf_import, "_read")
+    original, made, to = getattr(kind, method), [], tmp_path / "to"
+
+    def counting(*args):
+        made.append(1)
+        if len(made) == 30:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(kind, method, counting)
+    for size in sizes:
+        monkeypatch.setattr(export if way == "export" else hf_import, "PIECE_BYTES", size)
+        try:
+            send(run, to, shard_bytes=40_000) if way == "export" else bring(folder, to, SCOUT)
+        except KeyboardInterrupt:
+            assert size == sizes[0]
+    if way == "import":
+        send(to, tmp_path / "again", shard_bytes=40_000)
+    else:
+        to.rename(tmp_path / "again")
+    assert len(made) > 30 and same_shards(folder, tmp_path / "again")
+
+
+@pytest.mark.parametrize("model", [scout, maverick, behemoth])
+def test_full_size_is_imported_in_the_memory_of_the_default(model):
+    cfg, budget = model(), transfer.Budget(20 * 10**9)
+    budget.total = 1_500_000_000  # what 2 GB leave
+    table = list(hf.tensors(cfg))
+    stored = {t.name: Stored(epath.Path("x"), "BF16", t.shape, 0) for t in table}
+    jobs = hf_import._plan_jobs(hf_import.Folder(epath.Path("x"), cfg, table, stored), "model", budget, 4)
+    assert sum(job.nbytes for job in jobs) == sum(one.nbytes for one in stored.values())
+    chunk = next(chunk_sizes(t, 2) for t in table if t.name.endswith("experts.down_proj"))
+    assert chunk["E"] == 1 and 2**22 < 2 * chunk["F"] * chunk["D"] <= 2**26  # not thousands of little files
 
 
 def test_what_does_not_fit_is_refused(imported, tmp_path):

@@ -185,12 +185,13 @@ def test_weights_are_stored_where_the_rules_say():
     assert wq.sharding.shard_shape(wq.shape) == (2, wq.shape[1] // 4, wq.shape[2] // 2, wq.shape[3])
 
 
-def test_weights_gathered_as_gpus_do_it_are_the_same(monkeypatch):
+@pytest.mark.parametrize("dispatch", ["all_to_all", "fsdp"])
+def test_weights_gathered_as_gpus_do_it_are_the_same(monkeypatch, dispatch):
     """To the bit, and their gradients too: gathered in front and moved, or along the dimension they are stored over."""
     monkeypatch.setattr("llama4_jax.axes.TOGETHER", 0)  # none of them flat
     cfg, mesh = run_config(replace(tiny_maverick(), **SIZES)), make_mesh(MeshConfig(expert=2, fsdp=2, tensor=2))
     params = create_state(cfg, mesh).learners["scout"].params["blocks"]["layers"][1]
-    run = replace(execution(cfg.learners["scout"], mesh), dispatch="all_to_all")
+    run = replace(execution(cfg.learners["scout"], mesh), dispatch=dispatch)
     specs = run.specs(params)
 
     def fetched(platform):
