@@ -196,6 +196,7 @@ class Execution:
         Backward: the gradient's shares are reduce-scattered in `reduce_dtype`, back to the fp32 shards.
         """
 
+        reduce_dtype, in_front = jnp.dtype(self.reduce_dtype), self.platform == "gpu"
         leaves, tree = jax.tree.flatten(state, is_leaf=is_variable)
         together: dict[Any, list[int]] = {}
         for i, p in enumerate(leaves):
@@ -210,8 +211,7 @@ class Execution:
         with jax.named_scope("fetch"):
             for (_, dtype), some in together.items():
                 values, gathers = [leaves[i].get_value() for i in some], tuple(self.gathered(leaves[i]) for i in some)
-                how = gathers, dtype, jnp.dtype(self.reduce_dtype), self.platform == "gpu"
-                for i, w in zip(some, _gather(values, *how), strict=True):
+                for i, w in zip(some, _gather(values, gathers, dtype, reduce_dtype, in_front), strict=True):
                     leaves[i] = leaves[i].replace(w)
         return tree.unflatten(leaves)
 

@@ -114,9 +114,8 @@ def url(folder: epath.Path) -> str:
 def chunk_sizes(t: hf.Tensor, itemsize: int) -> dict[str, int]:
     """Of a chunk in each of our letters, for a weight of one place of layers and experts.
 
-    An eighth of D, over which training shards, so that a device reads little beside its own; of the letter that leads
-    their tensor as much as `CHUNK_BYTES` hold, so that what is written at once lies together there. Of
-    fused experts one.
+    One expert; an eighth of D, over which training shards, so that a device reads little beside its own; of the letter
+    that leads their tensor as much as `CHUNK_BYTES` hold, so that what is written at once lies together there.
     """
     sizes = {letter: t.sizes[letter] for letter in t.letters}
     if len(t.groups) == 3:

@@ -197,6 +197,14 @@ def test_bfloat16_decodes_as_well_as_the_bfloat16_forward():
     assert 0 < typical_error(decoded_BNV) < 1.5 * typical_error(forward_BNV) < 0.05
 
 
+def mesh_of(**sizes: int) -> Mesh:
+    """Eight devices on these axes."""
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices")
+    shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
 def on_mesh(model: Transformer, mesh: Mesh) -> Transformer:
     """The model, its weights spread over a mesh as they are stored."""
     graphdef, state = nnx.split(model)
@@ -208,21 +216,15 @@ def on_mesh(model: Transformer, mesh: Mesh) -> Transformer:
 
 
 def test_sharded_weights_generate_the_same():
-    if jax.device_count() < 8:
-        pytest.skip("needs eight devices")
     model = model_of("scout")
-    mesh = jax.make_mesh((1, 2, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
-    sharded = on_mesh(model, mesh)
+    sharded = on_mesh(model, mesh_of(fsdp=2, expert=2, tensor=2))
     assert len(sharded.embedding.table_VD[...].sharding.device_set) == 8
     assert generate(sharded, PROMPTS, 12, temperature=0.0) == generate(model, PROMPTS, 12, temperature=0.0)
 
 
 def test_caches_spread_over_the_context_axis_generate_the_same():
     """Pieces and prompts that lie across devices' slots, rows that end on different devices; each holds its share."""
-    if jax.device_count() < 8:
-        pytest.skip("needs eight devices")
-    model = model_of("scout")
-    mesh = jax.make_mesh((1, 1, 1, 4, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+    model, mesh = model_of("scout"), mesh_of(context=4, tensor=2)
     spread = on_mesh(model, mesh)
     assert generate(spread, PROMPTS, 30, temperature=0.0, piece=8, mesh=mesh) == generate(
         model, PROMPTS, 30, temperature=0.0
