@@ -245,7 +245,7 @@ class _Progress:
         self._begun, self._ended = time.monotonic(), threading.Event()
 
     def line(self) -> str:
-        read, documents, text, kept = self.counts[:]
+        read, documents, text, kept = self.counts.get_obj()[:]  # unlocked: a worker that is killed may hold the lock
         seconds = max(time.monotonic() - self._begun, 1e-3)
         left = max(self._total - kept - read, 0)
         eta = f"  {timedelta(seconds=round(left * seconds / read))} left" if read else ""

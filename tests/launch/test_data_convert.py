@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -131,6 +132,17 @@ def test_an_error_in_a_worker_is_the_projects_own(tmp_path: Path):
     with pytest.raises(ValueError, match="none of the first 1000 records") as caught:
         run(f"{paths[0]} {paths[1]} --to {tmp_path / 'out'} --workers 2 --shard-mb 1")
     assert Path(caught.traceback[-1].path).is_relative_to(ROOT / "data")
+
+
+def test_a_worker_killed_while_it_counts_holds_nobody_up():
+    """Its lock is never released then."""
+    progress = conversion._Progress((), print, 60.0)
+    progress.counts.get_lock().acquire()
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.append(progress.line()), daemon=True)
+    reader.start()
+    reader.join(timeout=30)
+    assert said and said[0].startswith("convert 0%")
 
 
 def test_ctrl_c_leaves_nobody_behind_and_the_same_command_goes_on(tmp_path: Path, capsys):
